@@ -1,0 +1,1 @@
+"""Adapters: parameter-efficient tuners that `peft.get_peft_model` accepts."""

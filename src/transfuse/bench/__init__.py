@@ -1,0 +1,1 @@
+"""Benchmarks and studies: load a protocol, evaluate a model, report its metrics."""

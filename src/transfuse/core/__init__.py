@@ -1,0 +1,1 @@
+"""What two or more methods share, and nothing else. Import the submodule you need."""

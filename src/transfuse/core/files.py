@@ -1,0 +1,170 @@
+"""Atomic files and folders: a killed process leaves the old state or the new one, never half of either."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadInput, CorruptFile, Unavailable
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "atomic_dir",
+    "atomic_write",
+    "check_writable",
+    "disk_guard",
+    "locked",
+    "read_tensors",
+    "sha256_file",
+    "sha256_json",
+    "write_tensors",
+]
+
+
+@contextlib.contextmanager
+def disk_guard(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Unavailable(f"{path}: the disk is full; free space or choose another folder") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise BadInput("path", str(path), "cannot be written", "choose a folder you can write to") from error
+        raise
+
+
+def check_writable(folder: str | os.PathLike[str], argument: str = "output") -> Path:
+    """Check, before any work is done, that `folder` (or its nearest existing parent) can be written.
+
+    Raises:
+        BadInput: it exists as a file, or cannot be written.
+    """
+    path = Path(folder).expanduser()
+    parent = path
+    while not parent.exists():
+        if parent.parent == parent:
+            break
+        parent = parent.parent
+    if not parent.is_dir():
+        raise BadInput(argument, str(path), "is not a folder", "give a folder path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise BadInput(argument, str(path), "cannot be written", "choose a folder you can write to")
+    return path
+
+
+def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write `data` to `path` through a temporary file in the same folder, then rename."""
+    target = Path(path)
+    with disk_guard(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data.encode() if isinstance(data, str) else data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it replaces `path`, on error it is removed."""
+    target = Path(path)
+    with disk_guard(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        os.chmod(work, 0o755)
+        try:
+            yield work
+            old = None
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / "x"
+                os.replace(target, old)
+            os.replace(work, target)
+            if old is not None:
+                shutil.rmtree(old.parent, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold an exclusive advisory lock on `path` (created when missing) between processes."""
+    import fcntl
+
+    lock = Path(path)
+    with disk_guard(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write `tensors` as safetensors, atomically; `metadata` values are stored as JSON strings."""
+    from safetensors.torch import save
+
+    header = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, save(ready, metadata=header or None))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a safetensors file written by `write_tensors`: tensors and decoded metadata.
+
+    Raises:
+        CorruptFile: the file is truncated, or not safetensors (pickle files are never opened).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput("path", str(path), "does not exist", "give a safetensors file")
+    try:
+        with safe_open(str(path), framework="pt") as stream:
+            header = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        return tensors, {key: json.loads(value) for key, value in header.items()}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CorruptFile(
+            "path", str(path), f"is not a readable safetensors file ({error})", "restore it or make it again"
+        ) from error

@@ -1,0 +1,1 @@
+"""Editors: one changed or new fact moved from a record into a pretrained model, reversibly."""

@@ -1,0 +1,1 @@
+"""Injection: documents and knowledge bases moved into adapters or weights."""

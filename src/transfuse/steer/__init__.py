@@ -1,0 +1,1 @@
+"""Steering: knowledge moved at decoding time, no weight changes."""
