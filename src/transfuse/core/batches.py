@@ -1,0 +1,126 @@
+"""Training examples: (prompt, target) pairs to token ids and labels, padding, and an order that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .errors import BadInput
+from .generate import encode_pair, pad_batch, pad_id_of
+
+__all__ = ["IGNORED", "EpochOrder", "encode_examples", "pad_collator"]
+
+IGNORED = -100
+"""Label of a position that takes no part in the loss (the convention of `torch` and `transformers`)."""
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    loss_on: Literal["target", "all"] = "target",
+    max_length: int | None = None,
+    truncate: bool = False,
+    end: bool = False,
+) -> list[dict[str, list[int]]]:
+    """Token ids and labels for causal-language-model training.
+
+    Prompt and target meet as in `core.generate.encode_pair`: one space between them, which belongs to the target.
+    An empty prompt is allowed and gives plain text. Labels are aligned with the ids (models shift them themselves).
+
+    Args:
+        tokenizer: The model's tokenizer.
+        pairs: (prompt, target) texts.
+        loss_on: `"target"` masks the prompt with -100; `"all"` learns prompt and target.
+        max_length: Longest sequence allowed, in tokens; None for no limit.
+        truncate: Shorten the *beginning* of what is too long instead of refusing it. The target is never cut.
+        end: Append the end-of-text token to the target, so that the model also learns to stop.
+
+    Returns:
+        One dict per pair: `input_ids` and `labels`, int lists of equal length.
+
+    Raises:
+        BadInput: an empty target; a sequence beyond `max_length`; `end` without an end-of-text token.
+    """
+    if loss_on not in ("target", "all"):
+        raise BadInput("loss_on", loss_on, "is not known", 'use "target" or "all"')
+    if end and tokenizer.eos_token_id is None:
+        raise BadInput("end", end, "needs a tokenizer with an end-of-text token", "set eos_token or end=False")
+    examples = []
+    for index, (prompt, target) in enumerate(pairs):
+        before, after = encode_pair(tokenizer, prompt, target)
+        if end:
+            after = [*after, tokenizer.eos_token_id]
+        excess = 0 if max_length is None else len(before) + len(after) - max_length
+        if excess > 0:
+            if not truncate or excess > len(before):
+                remedy = "shorten it or raise max_length" if truncate else "shorten it or pass truncate=True"
+                shown = f"{len(before) + len(after)} tokens"
+                raise BadInput(f"pairs[{index}]", shown, f"exceeds max_length = {max_length}", remedy)
+            before = before[excess:]
+        masked = [IGNORED] * len(before) if loss_on == "target" else before
+        examples.append({"input_ids": before + after, "labels": [*masked, *after]})
+    return examples
+
+
+def pad_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """A collator that pads on the right to the longest row of the batch.
+
+    Rows carry `input_ids` and, optionally, `labels`: a list per row (padded with -100) or one class number.
+    The result holds `input_ids`, `attention_mask` and `labels`, int64 tensors `[B, T]` (class numbers: `[B]`).
+    """
+    pad = pad_id_of(tokenizer)
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        ids, mask = pad_batch([row["input_ids"] for row in rows], pad)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if "labels" in rows[0]:
+            labels = [row["labels"] for row in rows]
+            whole = isinstance(labels[0], (list, tuple))
+            batch["labels"] = pad_batch(labels, IGNORED)[0] if whole else torch.tensor(labels)
+        return batch
+
+    return collate
+
+
+class EpochOrder(torch.utils.data.Sampler[int]):
+    """A shuffled order that depends on `seed` and the epoch alone, so that a resumed run sees the same batches.
+
+    Args:
+        count: Number of examples.
+        seed: Seed of the order. The global random state is neither read nor changed.
+        lengths: Length of each example. When given, examples of like length share a batch (within windows of 50
+            batches of the shuffled order, and the batches are shuffled again), which saves padding.
+        batch_size: Examples per batch; matters with `lengths` only.
+    """
+
+    def __init__(self, count: int, *, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1):
+        self.count, self.seed, self.lengths, self.batch_size = count, seed, lengths, batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order `iter` gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        from .training import generator
+
+        random = generator(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.count, generator=random).tolist()
+        if self.lengths is None:
+            return iter(order)
+        window = 50 * self.batch_size
+        batches, short = [], []
+        for start in range(0, self.count, window):
+            rows = sorted(order[start : start + window], key=self.lengths.__getitem__)
+            for i in range(0, len(rows), self.batch_size):
+                batch = rows[i : i + self.batch_size]
+                (batches if len(batch) == self.batch_size else short).append(batch)
+        mixed = [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
+        return iter([i for batch in (*mixed, *short) for i in batch])  # a short batch stays last
