@@ -1,10 +1,11 @@
-"""Training examples: (prompt, target) pairs to token ids and labels, padding, and an order that can be resumed."""
+"""Training examples: (prompt, target) pairs to token ids and labels, padding, a repeatable order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -28,8 +29,9 @@ def encode_examples(
 ) -> list[dict[str, list[int]]]:
     """Token ids and labels for causal-language-model training.
 
-    Prompt and target meet as in `core.generate.encode_pair`: one space between them, which belongs to the target.
-    An empty prompt is allowed and gives plain text. Labels are aligned with the ids (models shift them themselves).
+    Prompt and target meet as in `core.generate.encode_pair`: one space between them, which belongs to the
+    target. An empty prompt is allowed and gives plain text. Labels are aligned with the ids (models shift
+    them themselves).
 
     Args:
         tokenizer: The model's tokenizer.
@@ -48,7 +50,9 @@ def encode_examples(
     if loss_on not in ("target", "all"):
         raise BadInput("loss_on", loss_on, "is not known", 'use "target" or "all"')
     if end and tokenizer.eos_token_id is None:
-        raise BadInput("end", end, "needs a tokenizer with an end-of-text token", "set eos_token or end=False")
+        raise BadInput(
+            "end", end, "needs a tokenizer with an end-of-text token", "set eos_token or end=False"
+        )
     examples = []
     for index, (prompt, target) in enumerate(pairs):
         before, after = encode_pair(tokenizer, prompt, target)
@@ -66,7 +70,9 @@ def encode_examples(
     return examples
 
 
-def pad_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+def pad_collator(
+    tokenizer: PreTrainedTokenizerBase,
+) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
     """A collator that pads on the right to the longest row of the batch.
 
     Rows carry `input_ids` and, optionally, `labels`: a list per row (padded with -100) or one class number.
@@ -87,13 +93,13 @@ def pad_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Mappi
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):
-    """A shuffled order that depends on `seed` and the epoch alone, so that a resumed run sees the same batches.
+    """A shuffled order that depends on `seed` and the epoch alone: a resumed run sees the same batches.
 
     Args:
         count: Number of examples.
         seed: Seed of the order. The global random state is neither read nor changed.
-        lengths: Length of each example. When given, examples of like length share a batch (within windows of 50
-            batches of the shuffled order, and the batches are shuffled again), which saves padding.
+        lengths: Length of each example. When given, examples of like length share a batch (within windows of
+            50 batches of the shuffled order, and the batches are shuffled again), which saves padding.
         batch_size: Examples per batch; matters with `lengths` only.
     """
 
@@ -109,10 +115,8 @@ class EpochOrder(torch.utils.data.Sampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        from .training import generator
-
-        random = generator(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.count, generator=random).tolist()
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(self.count).tolist()
         if self.lengths is None:
             return iter(order)
         window = 50 * self.batch_size
@@ -122,5 +126,5 @@ class EpochOrder(torch.utils.data.Sampler[int]):
             for i in range(0, len(rows), self.batch_size):
                 batch = rows[i : i + self.batch_size]
                 (batches if len(batch) == self.batch_size else short).append(batch)
-        mixed = [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
+        mixed = [batches[i] for i in random.permutation(len(batches)).tolist()]
         return iter([i for batch in (*mixed, *short) for i in batch])  # a short batch stays last

@@ -1,4 +1,4 @@
-"""Where training happens: seeds, a minimiser for closures, one resumable loop, and a thin `transformers.Trainer`.
+"""Where training happens: seeds, a minimiser for closures, one resumable loop, one thin Trainer wrapper.
 
 Nothing else in the library seeds, calls `backward` or steps an optimizer.
 """
@@ -45,7 +45,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A `torch.Generator` of its own on `device`, started at `seed`; the global random state is left alone."""
+    """A `torch.Generator` of its own on `device`, started at `seed`; the global state is left alone."""
     return torch.Generator(device=device).manual_seed(seed)
 
 
@@ -61,7 +61,9 @@ def check_finite(loss: torch.Tensor, step: int, lr: float | None = None) -> floa
     value = float(loss.detach())
     if not math.isfinite(value):
         hint = "" if lr is None else f" (now {lr:g})"
-        raise TrainingDiverged(f"the loss is {value} at step {step}; lower the learning rate{hint} or check the data")
+        raise TrainingDiverged(
+            f"the loss is {value} at step {step}; lower the learning rate{hint} or check the data"
+        )
     return value
 
 
@@ -78,8 +80,8 @@ def optimise(
 ) -> list[float]:
     """Minimise a closure over a few tensors in place: the inner problem of an editor, not a training run.
 
-    Gradients are taken with respect to `parameters` only, so the model the closure runs through collects none, and
-    no `.grad` is left on `parameters` either. Draws no random numbers of its own.
+    Gradients are taken with respect to `parameters` only, so the model the closure runs through collects
+    none, and no `.grad` is left on `parameters` either. Draws no random numbers of its own.
 
     Args:
         parameters: Leaf tensor(s) that require a gradient; changed in place.
@@ -95,7 +97,8 @@ def optimise(
         The loss before each update; with `stop_below` reached, the last entry belongs to the final values.
 
     Raises:
-        BadInput: no parameters, or one that takes no gradient; a loss that is not a scalar or does not depend on them.
+        BadInput: no parameters, or one that takes no gradient; a loss that is not a scalar or does not depend
+            on them.
         TrainingDiverged: a loss or gradient is NaN or infinite. The tensors keep their last finite values.
     """
     wanted = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
@@ -103,7 +106,9 @@ def optimise(
     if optimizer not in rules:
         raise BadInput("optimizer", optimizer, "is not known", f"use one of {', '.join(rules)}")
     if not wanted or not all(p.is_leaf and p.requires_grad for p in wanted):
-        raise BadInput("parameters", len(wanted), "must be leaf tensors", "pass tensors with requires_grad=True")
+        raise BadInput(
+            "parameters", len(wanted), "must be leaf tensors", "pass tensors with requires_grad=True"
+        )
     rule = rules[optimizer](wanted, lr=lr, weight_decay=weight_decay)
     losses: list[float] = []
     try:
@@ -114,11 +119,15 @@ def optimise(
             if stop_below is not None and losses[-1] < stop_below:
                 break
             if not loss.requires_grad:
-                raise BadInput("loss_fn", "its loss", "does not depend on the parameters", "use them in the closure")
+                raise BadInput(
+                    "loss_fn", "its loss", "does not depend on the parameters", "use them in the closure"
+                )
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                    raise TrainingDiverged(f"a gradient is not finite at step {step}; lower the learning rate")
+                    raise TrainingDiverged(
+                        f"a gradient is not finite at step {step}; lower the learning rate"
+                    )
                 parameter.grad = gradient
             rule.step()
             if after_step is not None:
