@@ -40,7 +40,9 @@ def disk_guard(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable(f"{path}: the disk is full; free space or choose another folder") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise BadInput("path", str(path), "cannot be written", "choose a folder you can write to") from error
+            raise BadInput(
+                "path", str(path), "cannot be written", "choose a folder you can write to"
+            ) from error
         raise
 
 
@@ -94,7 +96,9 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield work
             old = None
             if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / "x"
+                old = (
+                    Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / "x"
+                )
                 os.replace(target, old)
             os.replace(work, target)
             if old is not None:
@@ -123,7 +127,11 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, as hexadecimal digits."""
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(stream)
+        )
 
 
 def _digest(stream: Any) -> str:
@@ -139,7 +147,9 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write `tensors` as safetensors, atomically; `metadata` values are stored as JSON strings."""
     from safetensors.torch import save
 

@@ -1,0 +1,237 @@
+"""Knowledge as plain records: facts, documents, questions. Read from JSONL, JSON, Parquet or `datasets`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import BadInput, CorruptFile
+from .files import sha256_json
+
+__all__ = ["QA", "Document", "Fact", "read_documents", "read_facts", "read_qa", "records_hash"]
+
+Source = "str | os.PathLike[str] | Iterable[Any]"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact as an editing request.
+
+    Attributes:
+        subject: The entity, a substring of `prompt`.
+        prompt: Text that the target completes, without a trailing space ("The capital of France is").
+        target: The wanted continuation, without a leading space ("Paris").
+        paraphrases: Other prompts with the same answer.
+        neighbours: Prompts about other subjects whose answers must not change.
+        ground_truth: The model's or the world's answer before the edit, when known.
+        portability: Prompts whose answers follow from the fact, as (group, prompt, accepted answers).
+        id: Optional identifier; messages name it.
+    """
+
+    subject: str
+    prompt: str
+    target: str
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+    ground_truth: str | None = None
+    portability: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    id: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How messages name this fact."""
+        return self.id or self.prompt
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with an optional title and identifier."""
+
+    text: str
+    title: str = ""
+    id: str | None = None
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of title and text."""
+        return sha256_json([self.title, self.text])
+
+
+@dataclass(frozen=True)
+class QA:
+    """A question, its accepted answers, and optionally where the answer stands and other wordings."""
+
+    question: str
+    answers: tuple[str, ...]
+    document_ids: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+    id: str | None = None
+
+
+Record = TypeVar("Record", Fact, Document, QA)
+
+
+def _rows(source: Any, argument: str) -> Iterable[tuple[str, Any]]:
+    """(place, raw record) pairs; the place is what an error message shows."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise BadInput(argument, str(path), "does not exist", "give a .jsonl, .json or .parquet file")
+        if path.suffix in (".jsonl", ".ndjson"):
+            yield from _jsonl(path)
+        elif path.suffix == ".json":
+            try:
+                loaded = json.loads(path.read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise CorruptFile(argument, str(path), f"is not JSON ({error})", "mend the file") from error
+            if not isinstance(loaded, list):
+                raise BadInput(argument, str(path), "does not hold a list", "give a JSON list of records")
+            yield from ((f"{path.name}[{i}]", row) for i, row in enumerate(loaded))
+        elif path.suffix == ".parquet":
+            yield from _parquet(path, argument)
+        else:
+            raise BadInput(argument, str(path), "has an unknown ending", "use .jsonl, .json or .parquet")
+    elif isinstance(source, Iterable):
+        yield from ((f"{argument}[{i}]", row) for i, row in enumerate(source))
+    else:
+        raise BadInput(argument, source, "is not a list of records or a file", "give a path or a list")
+
+
+def _jsonl(path: Path) -> Iterable[tuple[str, Any]]:
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            place = f"{path.name}:{number}"
+            try:
+                yield place, json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise CorruptFile(place, line[:60], f"is not JSON ({error})", "mend this line") from error
+
+
+def _parquet(path: Path, argument: str) -> Iterable[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise CorruptFile(argument, str(path), f"is not Parquet ({error})", "restore the file") from error
+    yield from ((f"{path.name}[{i}]", row) for i, row in enumerate(rows))
+
+
+def _text(place: str, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise BadInput(f"{place}: {name}", value, f"is {type(value).__name__}, not text", "give a string")
+    if not value.strip():
+        raise BadInput(f"{place}: {name}", value, "is empty", "give some text")
+    return value.strip() if name != "text" else value
+
+
+def _texts(place: str, name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise BadInput(f"{place}: {name}", value, "is not a list of texts", 'write it as ["...", "..."]')
+    return tuple(_text(place, f"{name}[{i}]", item) for i, item in enumerate(value))
+
+
+def _portability(place: str, value: Any) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+    try:
+        return tuple(
+            (str(g), _text(place, "portability", p), _texts(place, "portability", a)) for g, p, a in value
+        )
+    except (TypeError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(
+            f"{place}: portability",
+            value,
+            "is not a list of [group, prompt, answers]",
+            "write each as three items",
+        ) from error
+
+
+def _read(source: Any, kind: type[Record], argument: str) -> list[Record]:
+    records = [_record(place, raw, kind) for place, raw in _rows(source, argument)]
+    if not records:
+        raise BadInput(
+            argument, source if isinstance(source, (str, os.PathLike)) else [], "is empty", "give records"
+        )
+    seen: dict[str, int] = {}
+    for i, record in enumerate(records):
+        if record.id is not None and record.id in seen:
+            raise BadInput(
+                f"{argument}[{i}]: id", record.id, f"was used by record {seen[record.id]}", "make it unique"
+            )
+        if record.id is not None:
+            seen[record.id] = i
+    return records
+
+
+def _record(place: str, raw: Any, kind: type[Record]) -> Record:
+    if isinstance(raw, kind):
+        raw = asdict(raw)
+    if not isinstance(raw, Mapping):
+        raise BadInput(
+            place, raw, "is not a record", f"give an object with {', '.join(f.name for f in fields(kind))}"
+        )
+    known = {f.name: f for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for name, field in known.items():
+        value = raw.get(name)
+        if value is None:
+            if field.default is MISSING:
+                raise BadInput(f"{place}: {name}", None, "is missing", f"add the field {name!r}")
+            continue
+        if name == "portability":
+            values[name] = _portability(place, value)
+        elif str(field.type).startswith("tuple"):
+            values[name] = _texts(place, name, value)
+        elif name == "title" and value == "":
+            values[name] = ""
+        elif name == "id":
+            values[name] = str(value)
+        else:
+            values[name] = _text(place, name, value)
+    if kind is Fact and values["subject"] not in values["prompt"]:
+        raise BadInput(
+            f"{place}: subject", values["subject"], f"is not in the prompt {values['prompt']!r}",
+            "write the subject exactly as it stands in the prompt",
+        )  # fmt: skip
+    if kind is QA and not values["answers"]:
+        raise BadInput(f"{place}: answers", [], "is empty", "give at least one accepted answer")
+    return kind(**values)
+
+
+def read_facts(source: Any, *, argument: str = "facts") -> list[Fact]:
+    """Read facts from a file (.jsonl, .json, .parquet), a `datasets.Dataset`, or a list of mappings or `Fact`.
+
+    Unknown fields are ignored, so that richer records can be used as they are.
+
+    Raises:
+        BadInput: a field is missing, empty or of the wrong type, or the subject is not in the prompt; the
+            message names file, line (or index) and field.
+        CorruptFile: the file cannot be parsed.
+    """
+    return _read(source, Fact, argument)
+
+
+def read_documents(source: Any, *, argument: str = "documents") -> list[Document]:
+    """Read documents; errors as in `read_facts`."""
+    return _read(source, Document, argument)
+
+
+def read_qa(source: Any, *, argument: str = "questions") -> list[QA]:
+    """Read questions with accepted answers; errors as in `read_facts`."""
+    return _read(source, QA, argument)
+
+
+def records_hash(records: Sequence[Fact | Document | QA]) -> str:
+    """SHA-256 over the records' fields, in order."""
+    return sha256_json([asdict(record) for record in records])

