@@ -218,7 +218,7 @@ def memory_ratio(
 
 
 def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512) -> float:
-    """exp of the mean negative log-likelihood per token of `text`.
+    """Exponential of the mean negative log-likelihood per token of `text`.
 
     The token ids are cut into windows without overlap in what is scored. Each window begins with the
     tokenizer's begin-of-text token where it adds one by itself, else with the token before it, so every token
