@@ -149,7 +149,7 @@ def methods(family: str | None = None) -> list[Method]:
         return listed
     known = sorted({*families(), *(method.family for method in listed)})
     if family not in known:
-        raise BadInput("family", family, "is not a family", suggest(family, known))
+        raise BadInput("family", family, "is not a family", _nearest(family, known))
     return [method for method in listed if method.family == family]
 
 
@@ -167,7 +167,7 @@ def find(slug: str) -> Method:
     for method in listed:
         if method.slug == wanted:
             return method
-    raise BadInput("method", slug, "is not a method", suggest(wanted, [method.slug for method in listed]))
+    raise BadInput("method", slug, "is not a method", _nearest(wanted, [method.slug for method in listed]))
 
 
 def get(slug: str) -> Any:
@@ -238,7 +238,7 @@ def read(
     allowed = required | {"arxiv", "extra"}
     for name, value in fields.items():
         if name not in allowed:
-            raise BadInput(f"{place}: {name}", value, "is an unknown field", suggest(name, sorted(allowed)))
+            raise BadInput(f"{place}: {name}", value, "is an unknown field", _nearest(name, sorted(allowed)))
         if not value:
             raise BadInput(f"{place}: {name}", value, "is empty", "fill it in")
     for name in sorted(required - fields.keys()):
@@ -267,14 +267,11 @@ def read(
     )
 
 
-def suggest(word: str, known: list[str]) -> str:
-    """The remedy of an unknown name: the nearest known ones, or the first of all."""
-    import difflib
+def _nearest(word: str, known: list[str]) -> str:
+    """The remedy of an unknown name."""
+    from .core.fields import suggest
 
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    if near:
-        return "did you mean " + " or ".join(near) + "?"
-    return "choose one of: " + ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    return suggest(word, known, "choose one of: " + ", ".join(known))
 
 
 def docstring_of(path: Path) -> str:

@@ -1,0 +1,255 @@
+"""What `transfuse show` prints: a method's page and its recipe, read from its file without importing it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import catalogue
+from .catalogue import Method
+from .core.errors import BadInput
+
+__all__ = ["Parameter", "Signature", "page", "recipe", "signature"]
+
+_NOT_LITERAL = object()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument: name, annotation and default as written (None if required), and its text."""
+
+    name: str
+    annotation: str
+    default: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The main object of a method as its file declares it."""
+
+    name: str
+    kind: str  # "class" or "function"
+    parameters: tuple[Parameter, ...]
+
+
+def page(slug: str) -> str:
+    """Everything about one method as text: needs, use, measurements, explanation.
+
+    Raises:
+        BadInput: there is no such method.
+    """
+    method = catalogue.find(slug)
+    found = signature(method)
+    facts = [
+        ("slug", method.slug),
+        ("family", method.family),
+        ("paper", f"https://arxiv.org/abs/{method.arxiv}" if method.arxiv else "none"),
+        ("moves", method.moves),
+        ("access", ", ".join(method.access)),
+        ("reversible", "yes" if method.reversible else "no"),
+        ("context", "reads extra tokens when answering" if method.context else "reads no extra tokens"),
+        ("needs", f'pip install "transfuse[{method.extra}]"' if method.extra else "nothing more"),
+        ("import", f"from {method.module} import {found.name}"),
+    ]
+    lines = [method.title, "", *(f"{name + ':':<12}{value}" for name, value in facts)]
+    lines += ["", "evidence:", *("  " + line for line in evidence_lines(method))]
+    if found.parameters:
+        lines += ["", f"arguments of {found.name}:"]
+        for parameter in found.parameters:
+            default = "" if parameter.default is None else f" = {parameter.default}"
+            lines.append(f"  {parameter.name}: {parameter.annotation}{default}")
+            lines += textwrap.wrap(parameter.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join([*lines, "", method.body]).rstrip()
+
+
+def evidence_lines(method: Method) -> list[str]:
+    """The claim, and rule and verdict per tier."""
+    record = catalogue.record(method.slug)
+    if record is None:
+        return [f"not measured; run: transfuse evidence {method.slug}"]
+    lines = textwrap.wrap("claim: " + " ".join(str(record.get("claim", "")).split()), 100)
+    verdicts = method.evidence
+    for tier in catalogue.TIERS:
+        found = record.get("tiers", {}).get(tier)
+        rule = f"; rule: {found['rule']}" if found and found.get("rule") else ""
+        lines.append(f"{tier}: {verdicts[tier]}{rule}")
+    return lines
+
+
+def recipe(slug: str) -> str:
+    """A recipe with every default, each under a comment that says what it is.
+
+    Raises:
+        BadInput: there is no such method.
+    """
+    method = catalogue.find(slug)
+    found = signature(method)
+    lines = [f"# {method.title}", f"# moves: {method.moves}"]
+    if method.arxiv:
+        lines.append(f"# paper: https://arxiv.org/abs/{method.arxiv}")
+    lines += [f"uses: {method.slug}", "with:" if found.parameters else "with: {}"]
+    for parameter in found.parameters:
+        lines += [f"  # {line}" for line in textwrap.wrap(parameter.text, 100)]
+        value = None if parameter.default is None else _literal(parameter.default)
+        if parameter.default is None:
+            lines.append(f"  {parameter.name}:  # required: {parameter.annotation}")
+        elif value is _NOT_LITERAL:
+            lines.append(f"  # {parameter.name}: {parameter.default}  # {parameter.annotation}")
+        else:
+            lines.append(f"  {parameter.name}: {_yaml(value)}  # {parameter.annotation}")
+    return "\n".join(lines)
+
+
+def signature(method: Method) -> Signature:
+    """Name, kind and parameters of a method's main object, from its source.
+
+    A class's parameters are those of `__init__`, or its fields if it is a dataclass; both may come from a
+    base class in the same module or in a module imported relatively.
+
+    Raises:
+        BadInput: the module has no `__all__`, or does not define the object it names.
+    """
+    place = f"{method.path.parent.name}/{method.path.name}"
+    tree = ast.parse(method.path.read_text(encoding="utf-8"))
+    names = _exports(tree)
+    if not names:
+        raise BadInput(f"{place}: __all__", names, "names nothing", "list the public names of the module")
+    name = catalogue.main_name(method.slug, names)
+    node = _definition(tree, name)
+    if node is None:
+        raise BadInput(
+            f"{place}: __all__", name, "is not defined in the module", "define it as a class or function"
+        )
+    if isinstance(node, ast.ClassDef):
+        return Signature(name, "class", tuple(_of_class(node, tree, method.path)))
+    return Signature(name, "function", tuple(_of_function(node, ast.get_docstring(node) or "", tree)))
+
+
+def _exports(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
+        ):
+            return [str(name) for name in ast.literal_eval(node.value)]
+    return []
+
+
+def _definition(tree: ast.Module, name: str) -> ast.ClassDef | ast.FunctionDef | None:
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
+            return node
+    return None
+
+
+def _of_class(node: ast.ClassDef, tree: ast.Module, path: Path) -> list[Parameter]:
+    texts = ast.get_docstring(node) or ""
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return _of_function(item, texts + "\n\n" + (ast.get_docstring(item) or ""), tree)
+    inherited: list[Parameter] = []
+    for base in reversed(node.bases):
+        if isinstance(base, ast.Name) and (found := _base(base.id, tree, path)):
+            inherited = [*inherited, *_of_class(*found)]
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return inherited
+    described = _described(texts)
+    own = [
+        Parameter(
+            item.target.id,
+            ast.unparse(item.annotation),
+            None if item.value is None else _source(item.value, tree),
+            described.get(item.target.id, ""),
+        )
+        for item in node.body
+        if isinstance(item, ast.AnnAssign)
+        and isinstance(item.target, ast.Name)
+        and "ClassVar" not in ast.unparse(item.annotation)
+    ]
+    merged = {parameter.name: parameter for parameter in [*inherited, *own]}
+    return list(merged.values())
+
+
+def _base(name: str, tree: ast.Module, path: Path) -> tuple[ast.ClassDef, ast.Module, Path] | None:
+    """The class called `name` in this module, or in the module it is imported from relatively."""
+    node = _definition(tree, name)
+    if isinstance(node, ast.ClassDef):
+        return node, tree, path
+    for item in tree.body:
+        if (
+            isinstance(item, ast.ImportFrom)
+            and item.level
+            and any((a.asname or a.name) == name for a in item.names)
+        ):
+            folder = path.parents[item.level - 1]
+            file = folder.joinpath(*(item.module or "__init__").split(".")).with_suffix(".py")
+            if file.is_file():
+                return _base(name, ast.parse(file.read_text(encoding="utf-8")), file)
+    return None
+
+
+def _of_function(node: ast.FunctionDef, docstring: str, tree: ast.Module) -> list[Parameter]:
+    described = _described(docstring)
+    arguments = node.args
+    plain = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [None] * (len(plain) - len(arguments.defaults)) + [*arguments.defaults]
+    pairs = [
+        *zip(plain, defaults, strict=True),
+        *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+    ]
+    return [
+        Parameter(
+            argument.arg,
+            ast.unparse(argument.annotation) if argument.annotation else "Any",
+            None if default is None else _source(default, tree),
+            described.get(argument.arg, ""),
+        )
+        for argument, default in pairs
+        if argument.arg not in ("self", "cls")
+    ]
+
+
+def _source(node: ast.expr, tree: ast.Module) -> str:
+    """A default as written; a constant of the module as its value."""
+    if isinstance(node, ast.Name):
+        for item in tree.body:
+            if isinstance(item, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == node.id for t in item.targets
+            ):
+                return ast.unparse(item.value)
+    return ast.unparse(node)
+
+
+def _described(docstring: str) -> dict[str, str]:
+    """Texts of the arguments in a Google-style docstring."""
+    found: dict[str, str] = {}
+    name = None
+    for section in re.findall(
+        r"^(?:Args|Attributes):\n((?:[ \t]+\S.*\n?|[ \t]*\n)+)", docstring, re.MULTILINE
+    ):
+        for line in textwrap.dedent(section).split("\n"):
+            if match := re.match(r"\*{0,2}(\w+)(?: \(.*?\))?:\s*(.*)", line):
+                name = match.group(1)
+                found[name] = match.group(2)
+            elif name and line.strip():
+                found[name] += " " + line.strip()
+    return found
+
+
+def _literal(source: str) -> Any:
+    try:
+        return ast.literal_eval(source)
+    except ValueError:
+        return _NOT_LITERAL
+
+
+def _yaml(value: Any) -> str:
+    """A literal on one line; JSON is YAML."""
+    if isinstance(value, (set, tuple)):
+        value = list(value)
+    return json.dumps(value, ensure_ascii=False)
