@@ -1,0 +1,164 @@
+"""Divergences between two next-token distributions, from logits: masked, tempered, chunked over tokens.
+
+Logits of any float dtype are taken to float32 (float64 stays) a chunk of tokens at a time, and recomputed in
+the backward pass, so beside the two logit tensors and their gradients only one chunk exists at any moment.
+A probability of zero (a logit of -inf) contributes 0 log 0 = 0; where q is zero and p is not, KL(p || q) is
+infinite. Values are in nats and are not multiplied by the squared temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .errors import BadInput, IncompatibleModels
+
+__all__ = ["forward_kl", "jsd", "kl_terms", "reverse_kl", "tokenwise"]
+
+Reduction = Literal["mean", "sum", "none"]
+_CHUNK_BYTES = 64 * 2**20  # one float32 copy of a chunk of logits
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) over the last axis from log-probabilities `[..., V]`; 0 log 0 = 0."""
+    absent = log_p == -torch.inf
+    difference = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
+    return (log_p.exp().masked_fill(absent, 0.0) * difference).sum(-1)
+
+
+def tokenwise(
+    terms: Callable[[Tensor, Tensor], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Reduce `terms(student log-probabilities, teacher log-probabilities)` over the tokens that count.
+
+    Args:
+        terms: From two log-probability tensors `[n, V]` to `[n]`.
+        student: Logits `[..., V]`, any float dtype.
+        teacher: Logits of the same shape; detach them unless gradients are wanted.
+        mask: `[...]`, bool or 0/1: which tokens count. The others may hold anything, NaN included.
+        temperature: Divides both logits.
+        reduction: "mean" over the tokens that count (0 when there is none), their "sum", or "none": `[...]`
+            with 0 where masked.
+
+    Returns:
+        A scalar, or `[...]`, in float32 (float64 for float64 logits).
+
+    Raises:
+        IncompatibleModels: the shapes differ.
+        BadInput: a mask of another shape, or a temperature that is not positive.
+    """
+    if student.shape != teacher.shape:
+        shapes = (tuple(student.shape), tuple(teacher.shape))
+        remedy = "use models with one vocabulary, and equal tokens"
+        raise IncompatibleModels("logits", shapes, "differ in shape", remedy)
+    if not temperature > 0:
+        raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
+    tokens, width = student.shape[:-1], student.shape[-1]
+    if mask is None:
+        counts = torch.ones(tokens, dtype=torch.bool, device=student.device)
+    elif mask.shape == tokens:
+        counts = mask.to(device=student.device, dtype=torch.bool)
+    else:
+        raise BadInput("mask", tuple(mask.shape), f"is not {tuple(tokens)}", "give one entry per token")
+
+    def piece(ours: Tensor, theirs: Tensor, keep: Tensor) -> Tensor:
+        dtype = torch.promote_types(ours.dtype, torch.float32)
+        dropped = ~keep.unsqueeze(-1)
+        log_q, log_p = (
+            torch.log_softmax(x.to(dtype).masked_fill(dropped, 0.0) / temperature, dim=-1)
+            for x in (ours, theirs)
+        )
+        return terms(log_q, log_p).masked_fill(~keep, 0.0)
+
+    rows = max(1, _CHUNK_BYTES // (4 * width))
+    # `split` hands its gradient back in one piece; slicing would allocate a full-size one for every chunk.
+    pieces = zip(student.reshape(-1, width).split(rows), teacher.reshape(-1, width).split(rows),
+                 counts.reshape(-1).split(rows), strict=True)  # fmt: skip
+    values = torch.cat([checkpoint(piece, *three, use_reentrant=False) for three in pieces])
+    if reduction == "none":
+        return values.reshape(tokens)
+    total = values.sum()
+    return total if reduction == "sum" else total / counts.sum().clamp(min=1)
+
+
+def forward_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """KL(teacher || student): the student must cover all that the teacher holds possible.
+
+    Arguments, result and errors as in `tokenwise`.
+    """
+    return tokenwise(
+        lambda log_q, log_p: kl_terms(log_p, log_q),
+        student, teacher, mask=mask, temperature=temperature, reduction=reduction,
+    )  # fmt: skip
+
+
+def reverse_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """KL(student || teacher): the student must stay where the teacher is.
+
+    Arguments, result and errors as in `tokenwise`.
+    """
+    return tokenwise(kl_terms, student, teacher, mask=mask, temperature=temperature, reduction=reduction)
+
+
+def jsd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence (arXiv 2306.13649, eq. 1), p the teacher, q the student.
+
+    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Bounded by the entropy of
+    (beta, 1 - beta), also where one distribution is zero. Divided by beta it tends to the forward KL for
+    beta -> 0, divided by 1 - beta to the reverse KL for beta -> 1.
+
+    Args:
+        student: Logits `[..., V]`.
+        teacher: Logits of the same shape.
+        beta: Weight of the teacher, strictly between 0 and 1.
+        mask: As in `tokenwise`, like the rest.
+        temperature: Divides both logits.
+        reduction: "mean", "sum" or "none".
+    """
+    if not 0.0 < beta < 1.0:
+        raise BadInput(
+            "beta", beta, "is not strictly between 0 and 1", "use forward_kl or reverse_kl at the ends"
+        )
+    log_beta, log_rest = math.log(beta), math.log1p(-beta)
+
+    def terms(log_q: Tensor, log_p: Tensor) -> Tensor:
+        nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # logaddexp has no gradient there
+        log_m = torch.logaddexp(
+            log_p.masked_fill(nowhere, 0.0) + log_beta, log_q.masked_fill(nowhere, 0.0) + log_rest
+        )
+        return beta * kl_terms(log_p, log_m) + (1.0 - beta) * kl_terms(log_q, log_m)
+
+    return tokenwise(terms, student, teacher, mask=mask, temperature=temperature, reduction=reduction)
