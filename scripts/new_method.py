@@ -63,7 +63,7 @@ import pytest
 
 
 def test_values_by_hand():
-    pytest.fail("{slug}: compare {name}_step with values worked out by hand, or with a slow loop in float64")
+    pytest.fail("{slug}: compare {name}_step with values worked out by hand, or with a slow loop")
 
 
 def test_limits():

@@ -1,0 +1,387 @@
+"""The catalogue: field lists, lookup, other packages' methods, verdicts; and every method's companions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import transfuse
+from transfuse import catalogue, explain
+from transfuse.core.errors import BadInput, CorruptFile
+from transfuse.core.files import sha256_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "transfuse"
+FILES = sorted(
+    path
+    for family in catalogue.families()
+    for path in (PACKAGE / family).glob("*.py")
+    if not path.name.startswith("_")
+)
+
+GOOD = '''"""Echo: repeat what was said.
+
+:arxiv: 2401.00001
+:moves: a sentence -> the next sentence
+:access: text, training data
+:reversible: yes
+:context: no
+
+The body.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Echo", "echo_step"]
+
+
+def echo_step(x):
+    return x
+
+
+class Echo:
+    """Repeats.
+
+    Args:
+        times: How often.
+        mark: What stands between,
+            if anything.
+    """
+
+    def __init__(self, *, times: int = 2, mark: str | None = None, model: object):
+        self.times, self.mark, self.model = times, mark, model
+'''
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a module `steer/<name>.py` in a temporary folder and return its path."""
+
+    def _write(text: str, name: str = "echo") -> Path:
+        path = tmp_path / "steer" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An evidence folder of our own."""
+    (tmp_path / "evidence" / "results").mkdir(parents=True)
+    monkeypatch.setattr(catalogue, "evidence_root", lambda: tmp_path / "evidence")
+    return tmp_path / "evidence" / "results"
+
+
+# --- the methods that are there ---------------------------------------------------------------------
+
+
+def test_all_methods_are_listed():
+    listed = {method.path for method in catalogue.methods() if method.package == "transfuse"}
+    assert listed == set(FILES)
+    assert len(FILES) >= 4
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_method_is_well_formed(path):
+    """Field list, public names, signature and documentation of every argument."""
+    method = catalogue.read(path)
+    assert method.title.count("\n") == 0 and len(method.title) <= 110
+    assert len(method.body) > 100, "the docstring's body says what the method does"
+    found = explain.signature(method)
+    undocumented = [parameter.name for parameter in found.parameters if not parameter.text]
+    assert not undocumented, f"{found.name}: arguments without a text: {undocumented}"
+    main = catalogue.get(method.slug)
+    assert main.__name__ == found.name
+    assert main.__doc__
+    parsed = yaml.safe_load(explain.recipe(method.slug))
+    assert set(parsed["with"]) <= {parameter.name for parameter in found.parameters}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_method_has_its_companions(path):
+    """A test, an evidence recipe, and a record of both tiers made with the file as it is now."""
+    method = catalogue.read(path)
+    test = ROOT / "tests" / method.family / f"test_{path.stem}.py"
+    recipe = ROOT / "evidence" / method.family / f"{path.stem}.py"
+    assert test.is_file(), f"write {test.relative_to(ROOT)}"
+    assert recipe.is_file(), f"write {recipe.relative_to(ROOT)}"
+    record = catalogue.record(method.slug)
+    assert record is not None, f"measure it: transfuse evidence {method.slug}"
+    for tier in catalogue.TIERS:
+        assert method.evidence[tier] in ("passed", "failed"), (
+            f"{tier}: {method.evidence[tier]}; measure again"
+        )
+
+
+def test_no_record_without_a_method():
+    slugs = {method.slug for method in catalogue.methods()}
+    records = {path.stem for path in (catalogue.evidence_root() / "results").glob("*.json")}
+    assert records <= slugs
+
+
+# --- reading a field list ---------------------------------------------------------------------------
+
+
+def test_a_good_file(write):
+    method = catalogue.read(write(GOOD))
+    assert method.slug == "echo"
+    assert method.family == "steer"
+    assert method.title == "Echo: repeat what was said"
+    assert method.arxiv == "2401.00001"
+    assert method.access == ("text", "training data")
+    assert method.reversible is True
+    assert method.context is False
+    assert method.extra is None
+    assert method.module == "transfuse.steer.echo"
+    assert method.body == "The body."
+    json.dumps(method.describe())
+
+
+def test_continued_fields_comments_and_raw_docstrings(write):
+    text = "# A comment.\n# Another.\n\nr" + GOOD.replace("a sentence -> ", "a sentence\n    -> ")
+    method = catalogue.read(write(text))
+    assert method.moves == "a sentence -> the next sentence"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "word"),
+    [
+        (":moves: a sentence -> the next sentence\n", "", "moves", "missing"),
+        (":access: text, training data", ":access: text, telepathy", "access", "telepathy"),
+        (":access: text, training data", ":access:", "access", "empty"),
+        (":reversible: yes", ":reversible: perhaps", "reversible", "perhaps"),
+        (":context: no", ":context: No", "context", "yes or no"),
+        (":arxiv: 2401.00001", ":arxiv: arXiv:2401.00001", "arxiv", "2202.05262"),
+        (":arxiv:", ":axriv:", "axriv", "did you mean 'arxiv'"),
+        (":context: no", ":context: no\n:context: yes", "context", "twice"),
+        (":context: no", ":context: no\nand so on", "docstring", "is not a field"),
+        (":context: no", ":context: no\n:family: steer", "family", "unknown"),
+    ],
+)
+def test_a_malformed_field_is_named(write, old, new, field, word):
+    assert old in GOOD
+    with pytest.raises(BadInput) as caught:
+        catalogue.read(write(GOOD.replace(old, new, 1)))
+    assert caught.value.argument == f"steer/echo.py: {field}"
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "x = 1\n", '"""\n"""\n', "def f(:\n", "\0"])
+def test_a_file_without_a_docstring(write, text):
+    with pytest.raises(BadInput, match=r"steer/echo\.py"):
+        catalogue.read(write(text))
+
+
+# --- lookup -----------------------------------------------------------------------------------------
+
+
+def test_both_spellings():
+    slug = next(m.slug for m in catalogue.methods() if "-" in m.slug)
+    assert catalogue.find(slug) == catalogue.find(slug.replace("-", "_")) == catalogue.find(slug.upper())
+
+
+def test_typos_are_answered_with_names():
+    with pytest.raises(BadInput, match="did you mean 'ck-plug'"):
+        catalogue.find("ckplug")
+    with pytest.raises(BadInput, match="did you mean 'edit'"):
+        catalogue.methods("edits")
+    with pytest.raises(BadInput, match="choose one of"):
+        catalogue.find("zzzzzzzzzz")
+
+
+def test_get_imports_the_main_object():
+    assert transfuse.get("ck_plug").__name__ == "CKPlug"
+    assert transfuse.get("ck-plug") is transfuse.get("ck_plug")
+
+
+def test_main_name_prefers_the_name_that_spells_the_slug():
+    assert catalogue.main_name("ft-l", ["FTL", "ft_l_step"]) == "FTL"
+    assert catalogue.main_name("ft-l", ["Aaa", "FTL"]) == "FTL"
+    assert catalogue.main_name("ft-l", ["Editor", "step"]) == "Editor"
+
+
+def test_the_package_offers_what_it_promises():
+    assert {"get", "load", "methods", "__version__"} == set(transfuse.__all__) <= set(dir(transfuse))
+    with pytest.raises(AttributeError, match="no attribute 'mehtods'"):
+        _ = transfuse.mehtods
+
+
+# --- methods of other packages ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a distribution with one entry point on the path, the way an installed package looks."""
+
+    def _install(text: str, entry: str = "echo = other_pkg.deep.echo_module") -> None:
+        package = tmp_path / "site" / "other_pkg"
+        (package / "deep").mkdir(parents=True)
+        for folder in (package, package / "deep"):
+            (folder / "__init__.py").write_text("raise SystemExit('the package was imported')\n")
+        (package / "deep" / "echo_module.py").write_text(text)
+        info = tmp_path / "site" / "other_pkg-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-pkg\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{catalogue.ENTRY_POINTS}]\n{entry}\n")
+        monkeypatch.syspath_prepend(tmp_path / "site")
+
+    return _install
+
+
+def test_another_packages_method_is_found_without_importing_it(install):
+    install(GOOD.replace(":context: no", ":context: no\n:family: mumble"))
+    method = catalogue.find("echo")
+    assert (method.package, method.module) == ("other-pkg", "other_pkg.deep.echo_module")
+    assert method in catalogue.methods("mumble")
+    assert method.evidence == {"quick": "not measured", "full": "not measured"}
+    assert "other_pkg" not in sys.modules
+
+
+def test_another_packages_faults_do_not_take_the_catalogue_down(install):
+    install(GOOD)  # lacks :family:
+    with pytest.warns(UserWarning, match=r"other-pkg: method 'echo' left out: .*family"):
+        assert [m.slug for m in catalogue.methods() if m.package != "transfuse"] == []
+
+
+@pytest.mark.parametrize("entry", ["echo = no_such_pkg.x", "echo = other_pkg.no_such"])
+def test_an_entry_point_to_nowhere(install, entry):
+    install(GOOD, entry)
+    with pytest.warns(UserWarning, match="no module named"):
+        catalogue.methods()
+
+
+def test_a_slug_cannot_be_taken_over(install):
+    text = GOOD.replace(":context: no", ":context: no\n:family: steer")
+    install(text, "ck-plug = other_pkg.deep.echo_module")
+    with pytest.warns(UserWarning, match="is taken"):
+        listed = catalogue.methods()
+    assert [m.package for m in listed if m.slug == "ck-plug"] == ["transfuse"]
+
+
+# --- signatures and recipes -------------------------------------------------------------------------
+
+
+def test_signature_of_a_class(write):
+    found = explain.signature(catalogue.read(write(GOOD)))
+    assert (found.name, found.kind) == ("Echo", "class")
+    assert [(p.name, p.annotation, p.default) for p in found.parameters] == [
+        ("times", "int", "2"),
+        ("mark", "str | None", "None"),
+        ("model", "object", None),
+    ]
+    assert found.parameters[1].text == "What stands between, if anything."
+
+
+def test_signature_follows_bases_constants_and_dataclasses(write):
+    write(
+        textwrap.dedent("""
+        from dataclasses import dataclass
+        @dataclass
+        class Base:
+            \"\"\"B.
+
+            Attributes:
+                rate: Speed.
+            \"\"\"
+            rate: float = 0.5
+        """),
+        "_base",
+    )
+    head = GOOD.split("from __future__")[0]
+    tail = textwrap.dedent("""
+        from dataclasses import dataclass
+        from typing import ClassVar
+        from ._base import Base
+        __all__ = ["Echo"]
+        STEPS = 7
+        @dataclass
+        class Echo(Base):
+            \"\"\"E.
+
+            Attributes:
+                steps: How many.
+            \"\"\"
+            steps: int = STEPS
+            kind: ClassVar[str] = "x"
+        """)
+    found = explain.signature(catalogue.read(write(head + tail)))
+    assert [(p.name, p.default, p.text) for p in found.parameters] == [
+        ("rate", "0.5", "Speed."),
+        ("steps", "7", "How many."),
+    ]
+
+
+def test_signature_of_a_module_that_exports_nothing(write):
+    method = catalogue.read(write(GOOD.split("from __future__")[0]))
+    with pytest.raises(BadInput, match="__all__"):
+        explain.signature(method)
+    method = catalogue.read(write(GOOD.replace("class Echo", "class Other")))
+    with pytest.raises(BadInput, match="is not defined"):
+        explain.signature(method)
+
+
+# --- verdicts ---------------------------------------------------------------------------------------
+
+
+def test_verdicts_follow_the_file(write, elsewhere):
+    path = write(GOOD)
+    method = catalogue.read(path)
+    assert method.evidence == {"quick": "not measured", "full": "not measured"}
+    tiers = {"quick": {"verdict": "passed", "method_hash": sha256_file(path)}}
+    (elsewhere / "echo.json").write_text(json.dumps({"slug": "echo", "tiers": tiers}))
+    assert method.evidence == {"quick": "passed", "full": "not measured"}
+    path.write_text(GOOD + "\n# changed\n")
+    assert catalogue.read(path).evidence == {"quick": "outdated", "full": "not measured"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_an_unreadable_record(write, elsewhere, text):
+    (elsewhere / "echo.json").write_text(text)
+    with pytest.raises(CorruptFile, match=r"echo\.json"):
+        _ = catalogue.read(write(GOOD)).evidence
+
+
+# --- the wheel --------------------------------------------------------------------------------------
+
+
+def test_a_wheel_carries_recipes_and_records(tmp_path):
+    """Unpacked anywhere, the package shows the same catalogue and verdicts as the checkout."""
+    checkout = tmp_path / "checkout"
+    for name in ("src", "evidence"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout / name)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    subprocess.run(build, cwd=checkout, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import json, transfuse; from transfuse import catalogue;"
+        "print(json.dumps([str(catalogue.evidence_root()), [m.describe() for m in catalogue.methods()]]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    root, listed = json.loads(done.stdout)
+    assert Path(root) == tmp_path / "site" / "transfuse" / "_evidence"
+    assert listed == json.loads(json.dumps([m.describe() for m in catalogue.methods()]))
+    recipes = {p.relative_to(ROOT / "evidence") for p in (ROOT / "evidence").rglob("*.py")}
+    assert recipes == {p.relative_to(root) for p in Path(root).rglob("*.py")}

@@ -1,0 +1,112 @@
+"""Laziness: what is imported when, and how long the command line takes to start."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import transfuse
+
+PACKAGE = Path(transfuse.__file__).parent
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "rich", "matplotlib"}
+OPTIONAL = ["lancedb", "bm25s", "sentence_transformers", "openai", "lmformatenforcer", "matplotlib", "jinja2"]
+LIGHT = [
+    "transfuse",
+    "transfuse.catalogue",
+    "transfuse.cli",
+    "transfuse.explain",
+    "transfuse.core",
+    "transfuse.core.errors",
+    "transfuse.core.extras",
+    "transfuse.core.files",
+    "transfuse.core.references",
+]
+BUDGET_SECONDS = 0.3
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level packages in `sys.modules` of a fresh interpreter after `code`."""
+    tail = "\nimport sys, json\nprint(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code + tail], check=True, capture_output=True, text=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module):
+    assert loaded_after(f"import {module}") & HEAVY == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["methods"], ["methods", "--json"], ["show", "ck-plug"], ["show", "ck-plug", "--yaml"], ["models"]],
+)
+def test_commands_that_look_things_up_import_nothing_heavy(words):
+    code = f"from transfuse.cli import main\nassert main({words!r}) == 0"
+    assert loaded_after(code) & HEAVY == set()
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """User and system time of a child; the start is one thread, so an idle machine takes as long on the clock."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("words", [["methods"], ["show", "ck-plug"], ["show", "ck-plug", "--yaml"]])
+def test_start_of_the_command_line(words):
+    command = [sys.executable, "-c", f"from transfuse.cli import main; raise SystemExit(main({words!r}))"]
+    assert statistics.median(cpu_seconds(command) for _ in range(10)) < BUDGET_SECONDS
+
+
+def test_start_of_the_package():
+    seconds = statistics.median(cpu_seconds([sys.executable, "-c", "import transfuse"]) for _ in range(10))
+    assert seconds < BUDGET_SECONDS
+
+
+def test_every_module_imports_without_the_extras():
+    """With the optional dependencies hidden, all modules import: they are bound when first used."""
+    names = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "transfuse."))
+    files = [f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py" and "_evidence" not in f.parts]
+    assert len(names) >= len(files) > 20
+    code = (
+        f"import sys, importlib\nfor name in {OPTIONAL!r}: sys.modules[name] = None\n"
+        f"for name in {names!r}: importlib.import_module(name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_missing_extra_is_named():
+    code = (
+        "import sys\nsys.modules['lancedb'] = None\n"
+        "from transfuse.core.extras import require\nfrom transfuse.core.errors import MissingExtra\n"
+        "try:\n    require('lancedb', extra='retrieve')\n"
+        "except MissingExtra as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == 'lancedb is not installed; run: pip install "transfuse[retrieve]"'
+
+
+def test_nothing_is_seeded_or_fetched_at_import():
+    """Importing everything leaves the random state alone and opens no connection."""
+    names = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "transfuse."))
+    code = (
+        "import socket, random, importlib, sys\n"
+        "import numpy, torch, transformers, peft, accelerate, datasets\n"
+        "def refuse(*a, **k): raise AssertionError('a connection at import')\n"
+        "socket.socket.connect = refuse\n"
+        "before = random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1].tolist()\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "after = random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1].tolist()\n"
+        "assert before[0] == after[0] and bool((before[1] == after[1]).all()) and before[2] == after[2]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
