@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import BadInput
 from .generate import encode_pair, pad_batch, pad_id_of
 
-__all__ = ["IGNORED", "EpochOrder", "encode_examples", "pad_collator"]
+__all__ = ["IGNORED", "EpochOrder", "data_identity", "encode_examples", "pad_collator"]
 
 IGNORED = -100
 """Label of a position that takes no part in the loss (the convention of `torch` and `transformers`)."""
@@ -71,14 +72,17 @@ def encode_examples(
 
 
 def pad_collator(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | int,
 ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
     """A collator that pads on the right to the longest row of the batch.
 
     Rows carry `input_ids` and, optionally, `labels`: a list per row (padded with -100) or one class number.
-    The result holds `input_ids`, `attention_mask` and `labels`, int64 tensors `[B, T]` (class numbers: `[B]`).
+    The result holds int64 tensors `input_ids`, `attention_mask` and `labels` `[B, T]` (class numbers: `[B]`).
+
+    Args:
+        tokenizer: The tokenizer whose padding token fills up, or that token's id.
     """
-    pad = pad_id_of(tokenizer)
+    pad = tokenizer if isinstance(tokenizer, int) else pad_id_of(tokenizer)
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ids, mask = pad_batch([row["input_ids"] for row in rows], pad)
@@ -90,6 +94,20 @@ def pad_collator(
         return batch
 
     return collate
+
+
+def data_identity(dataset: Any) -> str:
+    """A text that differs when the data do: a `datasets.Dataset`'s fingerprint, or a hash of every row."""
+    fingerprint = getattr(dataset, "_fingerprint", None)
+    if fingerprint is not None:
+        return str(fingerprint)
+    digest = hashlib.sha256()
+    for i in range(len(dataset)):
+        row = dataset[i]
+        digest.update(
+            repr({key: row[key] for key in sorted(row)} if isinstance(row, Mapping) else row).encode()
+        )
+    return f"{len(dataset)}:{digest.hexdigest()}"
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):
@@ -120,7 +138,8 @@ class EpochOrder(torch.utils.data.Sampler[int]):
         if self.lengths is None:
             return iter(order)
         window = 50 * self.batch_size
-        batches, short = [], []
+        batches: list[list[int]] = []
+        short: list[list[int]] = []
         for start in range(0, self.count, window):
             rows = sorted(order[start : start + window], key=self.lengths.__getitem__)
             for i in range(0, len(rows), self.batch_size):

@@ -1,8 +1,8 @@
 """Checkpoints of a training run without pickle: safetensors for every tensor, JSON for the rest.
 
 A checkpoint is a folder `checkpoint-<step>` that holds the trainable weights and persistent buffers, the
-optimizer's and scheduler's state, the random states and the position in the data. It appears whole or not at all,
-and the one before it is removed only afterwards, so a process killed at any moment leaves a usable one.
+optimizer's and scheduler's state, the random states and the position in the data. It appears whole or not at
+all, and the one before it is removed only afterwards, so a process killed at any moment leaves a usable one.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What training can change: parameters that take a gradient, and persistent buffers (running statistics)."""
+    """What training can change: parameters that take a gradient, and persistent buffers."""
     kept = set(model.state_dict(keep_vars=True))
-    tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     tensors.update({name: b for name, b in model.named_buffers() if name in kept})
     return tensors
 

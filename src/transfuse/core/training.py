@@ -6,18 +6,28 @@ Nothing else in the library seeds, calls `backward` or steps an optimizer.
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
+import os
 import random
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from .batches import encode_examples, pad_collator
+from .batches import data_identity, encode_examples, pad_collator
+from .checkpoints import (
+    load_checkpoint,
+    load_rng,
+    load_weights,
+    rng_state,
+    save_checkpoint,
+)
 from .errors import BadInput, TrainingDiverged
+from .runs import History, check_finite, check_positive, discard_run, open_run, training_mode
 
-__all__ = ["encode_examples", "generator", "optimise", "pad_collator", "seeded"]
+__all__ = ["History", "encode_examples", "fit", "generator", "loop", "optimise", "pad_collator", "seeded"]
 
 
 @contextlib.contextmanager
@@ -47,24 +57,6 @@ def seeded(seed: int) -> Iterator[None]:
 def generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
     """A `torch.Generator` of its own on `device`, started at `seed`; the global state is left alone."""
     return torch.Generator(device=device).manual_seed(seed)
-
-
-def check_finite(loss: torch.Tensor, step: int, lr: float | None = None) -> float:
-    """The loss as a number.
-
-    Raises:
-        BadInput: it is not one number.
-        TrainingDiverged: it is NaN or infinite.
-    """
-    if loss.numel() != 1:
-        raise BadInput("loss", tuple(loss.shape), "is not a scalar", "return the mean over the batch")
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        hint = "" if lr is None else f" (now {lr:g})"
-        raise TrainingDiverged(
-            f"the loss is {value} at step {step}; lower the learning rate{hint} or check the data"
-        )
-    return value
 
 
 def optimise(
@@ -137,3 +129,226 @@ def optimise(
         for parameter in wanted:
             parameter.grad = None
     return losses
+
+
+def loop(
+    model: torch.nn.Module,
+    batches: Iterable[Any] | Callable[[int], Iterable[Any]],
+    step: Callable[[Any], torch.Tensor | Mapping[str, torch.Tensor]],
+    *,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+    epochs: int = 1,
+    accumulation: int = 1,
+    clip: float | None = None,
+    seed: int = 0,
+    output_dir: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    resume: bool = True,
+    on_step: Callable[[int, float], None] | None = None,
+) -> History:
+    """Train with a `step` closure: adversarial, bilevel, mutual learning, whatever does not fit a Trainer.
+
+    Rests on `accelerate` for mixed precision and several processes: under `accelerate launch` the batches of
+    an update are shared out and the gradients averaged, so that N processes equal N times the accumulation on
+    one. A killed run started again with the same arguments ends with the same weights, on CPU bit for bit.
+
+    Args:
+        model: Holds every trained parameter (a `ModuleDict` if there are several models). Put into training
+            mode for the duration; each submodule's mode is restored.
+        batches: An iterable that can be iterated once per epoch, or a function of the epoch number that
+            returns one. Its order may use the global random state when iteration begins, not later. Tensors
+            are moved to the model's device.
+        step: Returns the loss of a batch, a scalar or a dict with `"loss"`.
+        optimizer: A torch optimizer over the model's parameters.
+        scheduler: A learning-rate scheduler, stepped after each update.
+        epochs: Passes over `batches`.
+        accumulation: Batches per update; their losses are averaged.
+        clip: Largest norm of the whole gradient; None for no clipping.
+        seed: Of python, numpy and torch during the run; the states from before come back afterwards.
+        output_dir: Folder of the checkpoints. The last one stays there, so that a finished run is not
+            repeated.
+        save_every: Updates between checkpoints; None writes one at the end only.
+        resume: Go on from a checkpoint in `output_dir`; False removes it and starts over.
+        on_step: Called after each update with the number made and its loss.
+
+    Raises:
+        BadInput: an argument out of range; a checkpoint of a run with other arguments.
+        TrainingDiverged: a loss or gradient became NaN or infinite. No update is made with it and the run's
+            checkpoints are removed.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import send_to_device
+
+    check_positive(epochs=epochs, accumulation=accumulation, save_every=save_every)
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    identity = {"loop": [epochs, accumulation, clip, seed, type(optimizer).__name__, groups]}
+    folder, last = open_run(output_dir, identity, resume)
+    accelerator = Accelerator()
+    world, rank = accelerator.num_processes, accelerator.process_index
+    rule = accelerator.prepare(optimizer)
+    device = next(model.parameters()).device
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    losses: list[float] = []
+    epoch_start: dict[str, Any] = {}
+    at, skip, saved, started = 0, 0, -1, time.perf_counter()
+    with seeded(seed), training_mode(model):
+        if last is not None:
+            load_weights(last, model)
+            state = load_checkpoint(last, optimizer=rule, scheduler=scheduler)
+            at, skip, losses, saved = state["epoch"], state["batch"], state["losses"], state["step"]
+        resumed = len(losses)
+
+        def save(epoch: int, batch: int) -> None:
+            if folder is not None and accelerator.is_main_process:
+                facts = {"identity": identity, "epoch": epoch, "batch": batch, "losses": losses}
+                save_checkpoint(
+                    folder, len(losses), model=model, optimizer=rule, scheduler=scheduler, values=facts,
+                    states={"epoch": epoch_start},
+                )  # fmt: skip
+
+        def update(group: list[Any]) -> float:
+            total = 0.0
+            rule.zero_grad()
+            for batch in group[rank::world]:
+                with accelerator.autocast():
+                    out = step(send_to_device(batch, device))
+                loss = out["loss"] if isinstance(out, Mapping) else out
+                total += check_finite(loss, len(losses)) / len(group)
+                accelerator.backward(loss * (world / len(group)))
+            if world > 1:
+                for p in trained:
+                    p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+                total = float(accelerator.reduce(torch.tensor(total, device=device), "sum"))
+            if clip is not None:
+                check_finite(torch.as_tensor(accelerator.clip_grad_norm_(trained, clip)), len(losses))
+            rule.step()
+            if scheduler is not None:
+                scheduler.step()
+            return total
+
+        try:
+            for epoch in range(at, epochs):
+                resuming = last if epoch == at else None
+                if resuming is not None:
+                    load_rng(resuming, "epoch")  # so that the epoch's order is drawn as it was
+                epoch_start = rng_state()
+                stream = iter(batches(epoch) if callable(batches) else batches)
+                seen = 0
+                if resuming is not None:
+                    seen = sum(1 for _ in itertools.islice(stream, skip))
+                    load_rng(resuming)
+                while group := list(itertools.islice(stream, accumulation * world)):
+                    seen += len(group)
+                    losses.append(update(group))
+                    if on_step is not None:
+                        on_step(len(losses), losses[-1])
+                    if save_every is not None and len(losses) % save_every == 0:
+                        save(epoch, seen)
+                        saved = len(losses)
+            if saved != len(losses):
+                save(epochs, 0)
+        except TrainingDiverged:
+            discard_run(folder)
+            raise
+        finally:
+            rule.zero_grad()
+    return History(losses, time.perf_counter() - started, resumed)
+
+
+def fit(
+    model: Any,
+    dataset: Any,
+    *,
+    lr: float,
+    epochs: int | None = None,
+    max_steps: int | None = None,
+    batch_size: int = 8,
+    accumulation: int = 1,
+    weight_decay: float = 0.0,
+    schedule: Literal["constant", "linear", "cosine"] = "linear",
+    warmup: float = 0.0,
+    clip: float | None = 1.0,
+    seed: int = 0,
+    collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+    group_by_length: bool = False,
+    loss: Callable[[Any, dict[str, Any]], torch.Tensor] | None = None,
+    extra_loss: Callable[[Any], torch.Tensor] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+    callbacks: Sequence[Any] = (),
+    output_dir: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    resume: bool = True,
+) -> History:
+    """Train `model` in place with AdamW: a quiet, resumable call of `transformers.Trainer`.
+
+    Trainer adds under a millisecond to a step, so it serves small runs as well; only its checkpoints are
+    replaced, because they are pickles and not atomic: see `core.trainer.SafeTrainer`. The model stays on its
+    device, keeps its mode and its `config.use_cache`; the global random state and log level are as before
+    when the call returns.
+
+    Args:
+        model: A `PreTrainedModel` or PEFT model. What requires a gradient is trained.
+        dataset: A sized dataset or list of rows (`encode_examples`).
+        lr: Peak learning rate.
+        epochs: Passes over the data; give this or `max_steps`.
+        max_steps: Updates to make.
+        batch_size: Rows per batch.
+        accumulation: Batches per update, averaged over their tokens where the model supports it.
+        weight_decay: Decoupled, not applied to biases and norms.
+        schedule: Learning rate after warm-up: constant, or to zero along a line or half a cosine.
+        warmup: Updates of linear warm-up; below 1, a share of all updates.
+        clip: Largest norm of the whole gradient; None for no clipping.
+        seed: Of the data order and of dropout.
+        collator: Makes a batch of rows; by default `pad_collator`.
+        group_by_length: Batch rows of like length; their lengths are those of `input_ids`.
+        loss: Replaces the model's own loss: gets model and batch.
+        extra_loss: A regulariser of the model, added once per update.
+        on_step: Called after each update with the number made, the number in all, and the loss.
+        callbacks: Further `transformers.TrainerCallback`s.
+        output_dir: Folder of the checkpoints. The last one stays there, so that a finished run is not
+            repeated; saving the model itself is the caller's business.
+        save_every: Updates between checkpoints; None writes one at the end only.
+        resume: Go on from a checkpoint in `output_dir`; False removes it and starts over.
+
+    Raises:
+        BadInput: an argument out of range, no rows, nothing to train; a checkpoint of another run.
+        TrainingDiverged: the loss became NaN or infinite. No update is made with it and the run's
+            checkpoints are removed.
+    """
+    from .trainer import run_trainer
+
+    if (epochs is None) == (max_steps is None):
+        raise BadInput("epochs", epochs, f"and max_steps = {max_steps} do not agree", "give one of the two")
+    check_positive(
+        epochs=epochs, max_steps=max_steps, batch_size=batch_size, accumulation=accumulation,
+        save_every=save_every,
+    )  # fmt: skip
+    if not lr > 0:
+        raise BadInput("lr", lr, "is not positive", "give a positive learning rate")
+    if len(dataset) == 0:
+        raise BadInput("dataset", "[]", "has no rows", "give at least one example")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise BadInput(
+            "model", type(model).__name__, "has nothing to train", "set requires_grad or add an adapter"
+        )
+    settings = {
+        "lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
+        "accumulation": accumulation, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup,
+        "clip": clip, "seed": seed, "group_by_length": group_by_length,
+    }  # fmt: skip
+    identity = {"fit": settings, "data": data_identity(dataset) if output_dir is not None else ""}
+    folder, last = open_run(output_dir, identity, resume)
+    started = time.perf_counter()
+    try:
+        with seeded(seed), training_mode(model):
+            losses, resumed = run_trainer(
+                model, dataset, settings, identity=identity, folder=folder, last=last, save_every=save_every,
+                collator=collator, loss=loss, extra_loss=extra_loss, on_step=on_step, callbacks=callbacks,
+            )  # fmt: skip
+    except TrainingDiverged:
+        discard_run(folder)
+        raise
+    finally:
+        model.zero_grad(set_to_none=True)
+    return History(losses, time.perf_counter() - started, resumed)
