@@ -76,10 +76,10 @@ bench: $(DEV_READY)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit $$?; done
 
 docs: $(DEV_READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 readme: $(DEV_READY)
-	$(BIN)/python scripts/readme.py
+	$(BIN)/python scripts/pages.py
 
 new-method:
 	@$(PYTHON) scripts/new_method.py "$(FAMILY)" "$(NAME)"

@@ -123,9 +123,7 @@ def main(root: Path, family: str, name: str) -> list[Path]:
         )
     name = name.lower().replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        fail(
-            f"NAME = {name!r} is not a module name; use letters, digits and underscores"
-        )
+        fail(f"NAME = {name!r} is not a module name; use letters, digits and underscores")
     taken = [path for path in package.glob(f"*/{name}.py") if path.parent.name not in ("core", "compare")]
     words = {
         "name": name,

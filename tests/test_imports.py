@@ -53,7 +53,7 @@ def test_commands_that_look_things_up_import_nothing_heavy(words):
 
 
 def cpu_seconds(command: list[str]) -> float:
-    """User and system time of a child; the start is one thread, so an idle machine takes as long on the clock."""
+    """User and system time of a child; one thread, so an idle machine takes as long on the clock."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
