@@ -1,0 +1,236 @@
+"""What every text backend shares: requests checked, answers parsed, tokens counted; and the scripted one."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..errors import BadInput
+from ..extras import require
+from ..files import sha256_json
+
+__all__ = ["Backend", "Completion", "Options", "Row", "Scripted", "Usage", "completion", "parse_json"]
+
+Messages = list[dict[str, str]]
+Prompt = str | Messages
+
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+        text: The new text, special tokens and stop strings left off.
+        input_tokens: Tokens read; 0 where a server does not say.
+        output_tokens: Tokens written; 0 where a server does not say.
+        parsed: With a schema: the decoded JSON, or None when the text does not satisfy the schema.
+        truncated: The answer ran into `max_tokens`.
+        cached: It was read from a cache; nothing was asked.
+    """
+
+    text: str
+    input_tokens: int = 0
+    output_tokens: int = 0
+    parsed: Any = None
+    truncated: bool = False
+    cached: bool = False
+
+
+@dataclass
+class Usage:
+    """Running totals: answers really asked for, their tokens read and written; answers read from a cache."""
+
+    answers: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached: int = 0
+
+    def add(self, completions: Sequence[Completion]) -> None:
+        """Count these answers in."""
+        fresh = [completion for completion in completions if not completion.cached]
+        self.answers += len(fresh)
+        self.input_tokens += sum(c.input_tokens for c in fresh)
+        self.output_tokens += sum(c.output_tokens for c in fresh)
+        self.cached += len(completions) - len(fresh)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every prompt of one call shares; the arguments of `Backend.complete`, checked."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    schema: Mapping[str, Any] | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+class Row(NamedTuple):
+    """One prompt of a call. `draw` numbers equal prompts when sampling, so that each gets its own sample."""
+
+    messages: Messages
+    draw: int = 0
+
+
+class Backend(ABC):
+    """What answers. Subclasses write `identity` and `_answer`; callers use `complete` and `usage`."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Names what answers, so that two backends with one identity may share cached answers."""
+
+    @abstractmethod
+    def _answer(self, rows: list[Row], options: Options) -> list[Completion]:
+        """One completion per row, in order."""
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        schema: Mapping[str, Any] | None = None,
+        stop: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> list[Completion]:
+        """Answer every prompt.
+
+        Args:
+            prompts: Strings (one user message each) or lists of messages.
+            max_tokens: Length limit of each answer, in tokens.
+            temperature: 0 takes the likeliest token each time; above 0 samples.
+            schema: A JSON schema the answer must satisfy.
+            stop: Texts that end an answer; they are left off.
+            seed: Of the sampling. Equal prompts of one call still get different samples.
+
+        Returns:
+            One `Completion` per prompt, in order.
+
+        Raises:
+            BadInput: an argument that cannot be used, or a server that refuses the request.
+            Unavailable: the server cannot be reached, or kept failing.
+        """
+        options = _options(max_tokens, temperature, schema, stop, seed)
+        seen: Counter[str] = Counter()
+        rows = []
+        for i, prompt in enumerate(_listed(prompts)):
+            messages = _messages(prompt, i)
+            key = json.dumps(messages)
+            rows.append(Row(messages, seen[key] if options.temperature > 0 else 0))
+            seen[key] += 1
+        completions = self._answer(rows, options) if rows else []
+        self.usage.add(completions)
+        return completions
+
+
+def _listed(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        raise BadInput("prompts", prompts, "is one prompt", "give a list of prompts")
+    return prompts
+
+
+def _messages(prompt: Prompt, index: int) -> Messages:
+    where = f"prompts[{index}]"
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise BadInput(where, prompt, "is not a prompt", "give a text or a list of messages")
+    for message in prompt:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise BadInput(where, message, "is not a message", "give {'role': ..., 'content': ...}")
+        if message["role"] not in _ROLES:
+            raise BadInput(where, message["role"], "is not a role", f"use {', '.join(_ROLES)}")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise BadInput(where, message["content"], "is empty or not text", "give the message's text")
+    return [dict(message) for message in prompt]
+
+
+def _options(
+    max_tokens: int, temperature: float, schema: Any, stop: Sequence[str] | None, seed: int | None
+) -> Options:
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise BadInput("max_tokens", max_tokens, "is not a whole number from 1", "give a length in tokens")
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
+        raise BadInput("temperature", temperature, "is not a number from 0", "use 0 for the likeliest answer")
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
+        raise BadInput("stop", stop, "is not a list of non-empty texts", 'give a list such as ["\\n"]')
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise BadInput("seed", seed, "is not a whole number from 0", "give such a seed, or None")
+    if schema is not None:
+        _validator(schema)
+    return Options(max_tokens, float(temperature), schema, tuple(stop or ()), seed)
+
+
+def _validator(schema: Any) -> Any:
+    jsonschema = require("jsonschema", extra="serve")
+    try:
+        cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        cls.check_schema(schema)
+        return cls(schema)
+    except (jsonschema.SchemaError, TypeError) as error:
+        reason = getattr(error, "message", str(error))
+        raise BadInput("schema", schema, f"is not a JSON schema ({reason})", "correct the schema") from error
+
+
+def parse_json(text: str, schema: Mapping[str, Any]) -> Any:
+    """The JSON value in `text` (alone or in a Markdown code fence); None when `schema` is not met."""
+    fenced = re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
+    try:
+        value = json.loads(fenced.group(1) if fenced else text)
+    except ValueError:
+        return None
+    return value if _validator(schema).is_valid(value) else None
+
+
+def completion(text: str, read: int, written: int, truncated: bool, options: Options) -> Completion:
+    """A backend's raw text as a `Completion`: cut at the first stop text, parsed when a schema is set."""
+    cuts = [at for at in (text.find(stop) for stop in options.stop) if at >= 0]
+    text = text[: min(cuts)] if cuts else text
+    parsed = None if options.schema is None else parse_json(text, options.schema)
+    return Completion(text, read, written, parsed, truncated and not cuts)
+
+
+class Scripted(Backend):
+    """Answers written beforehand, for tests: a list used up in order, or a function of the last message.
+
+    Tokens are counted as words. `requests` keeps what was asked.
+    """
+
+    def __init__(self, responses: Sequence[str] | Callable[[str], str]) -> None:
+        super().__init__()
+        self.responses = responses
+        self.requests: list[Messages] = []
+
+    @property
+    def identity(self) -> str:
+        """The answers, or the function's name."""
+        script = self.responses
+        return f"scripted:{script.__qualname__ if callable(script) else sha256_json(list(script))}"
+
+    def _answer(self, rows: list[Row], options: Options) -> list[Completion]:
+        completions = []
+        for messages, _ in rows:
+            if callable(self.responses):
+                text = self.responses(messages[-1]["content"])
+            elif len(self.requests) < len(self.responses):
+                text = self.responses[len(self.requests)]
+            else:
+                raise BadInput("responses", len(self.responses), "are used up", "script one per prompt")
+            self.requests.append(messages)
+            words = text.split()
+            read = sum(len(message["content"].split()) for message in messages)
+            short = len(words) > options.max_tokens
+            text = " ".join(words[: options.max_tokens]) if short else text
+            completions.append(completion(text, read, min(len(words), options.max_tokens), short, options))
+        return completions

@@ -1,0 +1,78 @@
+"""A transformers model as a text backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInput
+from ..files import sha256_json
+from .backend import Backend, Completion, Messages, Options, Row, completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Local"]
+
+
+class Local(Backend):
+    """A transformers model in this process, through its chat template.
+
+    Rows are batched by length. Sampling draws each row from its own random stream, set by `seed`, the row and
+    its number among equal rows, so answers do not depend on the batch they were in. A model without a chat
+    template takes plain strings, which it continues.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer (a fast one, for `schema`).
+        batch_size: Rows per forward pass.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 16
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._grammar_tokenizer: Any = None
+
+    @property
+    def identity(self) -> str:
+        """A hash of weights, chat template, tokenizer and active adapters, as they are now (not of hooks)."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        from ..models import fingerprint
+
+        adapters = [
+            (name, module.disable_adapters, list(module.active_adapters))
+            for name, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        ]
+        tokenizer = (self.tokenizer.chat_template, len(self.tokenizer), self.tokenizer.eos_token)
+        return f"local:{sha256_json([fingerprint(self.model), tokenizer, adapters])}"
+
+    def _answer(self, rows: list[Row], options: Options) -> list[Completion]:
+        from .decode import generate_rows, grammar, grammar_tokenizer
+
+        matcher = None
+        if options.schema is not None:
+            self._grammar_tokenizer = self._grammar_tokenizer or grammar_tokenizer(self.model, self.tokenizer)
+            matcher = grammar(self._grammar_tokenizer, options.schema)
+        ids = [self._render(row.messages) for row in rows]
+        generated = generate_rows(
+            self.model, self.tokenizer, ids, max_new_tokens=options.max_tokens, batch_size=self.batch_size,
+            temperature=options.temperature, seed=options.seed, draws=[row.draw for row in rows],
+            stop=options.stop, matcher=matcher,
+        )  # fmt: skip
+        return [
+            completion(text, len(row), written, truncated, options)
+            for row, (text, written, truncated) in zip(ids, generated, strict=True)
+        ]
+
+    def _render(self, messages: Messages) -> list[int]:
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(messages) > 1 or messages[0]["role"] != "user":
+            raise BadInput(
+                "prompts", messages, "are messages, but the model has no chat template", "give plain strings"
+            )
+        return list(self.tokenizer(messages[0]["content"])["input_ids"])

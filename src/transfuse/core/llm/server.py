@@ -1,0 +1,131 @@
+"""Any server that speaks the OpenAI chat protocol as a text backend."""
+
+from __future__ import annotations
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..errors import BadInput, Unavailable
+from ..extras import require
+from .backend import Backend, Completion, Messages, Options, Row, completion
+
+__all__ = ["OpenAICompatible"]
+
+
+class OpenAICompatible(Backend):
+    """A server that speaks the OpenAI chat protocol (vLLM, llama.cpp, Ollama, hosted services).
+
+    Requests run side by side. Refusals for load (429), server errors and timeouts are tried again with
+    exponential back-off and jitter, or when the server says so.
+
+    Args:
+        base_url: "http://localhost:8000/v1".
+        model: The model's name on that server.
+        api_key_env: Environment variable that holds the key; None where no key is needed.
+        timeout: Seconds to wait for one answer.
+        retries: Further tries of a failed request.
+        concurrency: Requests in flight at one time.
+
+    Raises:
+        BadInput: the URL is not one, or the variable is not set.
+        MissingExtra: openai is not installed.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key_env: str | None = None,
+        timeout: float = 120.0,
+        retries: int = 5,
+        concurrency: int = 8,
+    ) -> None:
+        super().__init__()
+        if not re.match(r"https?://[^/\s]+", base_url):
+            raise BadInput("base_url", base_url, "is not a URL", "give one like http://localhost:8000/v1")
+        if api_key_env is not None and not os.environ.get(api_key_env):
+            raise BadInput(
+                "api_key_env", api_key_env, "is not set in the environment", "export the key in it"
+            )
+        self.base_url, self.model, self.concurrency = base_url.rstrip("/"), model, concurrency
+        self.api_key_env = api_key_env
+        self._openai = require("openai", extra="serve")
+        self._client = self._openai.OpenAI(
+            base_url=self.base_url,
+            api_key=os.environ[api_key_env] if api_key_env else "none",
+            timeout=timeout,
+            max_retries=retries,
+        )
+
+    @property
+    def identity(self) -> str:
+        """The server's address and the model's name there."""
+        return f"openai:{self.base_url}:{self.model}"
+
+    def _answer(self, rows: list[Row], options: Options) -> list[Completion]:
+        with ThreadPoolExecutor(min(self.concurrency, len(rows))) as pool:
+            futures = [pool.submit(self._request, row, options) for row in rows]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _request(self, row: Row, options: Options) -> Completion:
+        body: dict[str, Any] = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+        if options.stop:
+            body["stop"] = list(options.stop)
+        if options.seed is not None:
+            body["seed"] = options.seed + row.draw
+        if options.schema is not None:
+            wanted = {"name": "answer", "schema": options.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+        try:
+            return self._read(self._send(row.messages, body), options)
+        except self._openai.OpenAIError as error:
+            raise self._explained(error) from error
+
+    def _send(self, messages: Messages, body: dict[str, Any]) -> Any:
+        create = self._client.chat.completions.create
+        try:
+            return create(model=self.model, messages=messages, **body)
+        except self._openai.BadRequestError as error:  # newer services know the limit by another name only
+            if "max_completion_tokens" not in str(error):
+                raise
+            body["max_completion_tokens"] = body.pop("max_tokens")
+            return create(model=self.model, messages=messages, **body)
+
+    def _explained(self, error: Exception) -> Exception:
+        """The package's error as ours, with what to do about it."""
+        api, url = self._openai, self.base_url
+        if isinstance(error, api.APITimeoutError):
+            return Unavailable(f"{url} did not answer in time; raise timeout or lower concurrency")
+        if isinstance(error, api.APIConnectionError):
+            return Unavailable(f"{url} cannot be reached; start the server or check base_url")
+        if isinstance(error, (api.AuthenticationError, api.PermissionDeniedError)):
+            remedy = f"check the key in {self.api_key_env}" if self.api_key_env else "set api_key_env"
+            return BadInput("api_key_env", self.api_key_env, f"was refused by {url}", remedy)
+        if isinstance(error, api.NotFoundError):
+            return BadInput("model", self.model, f"is not known to {url}", "use a name the server lists")
+        if isinstance(error, (api.RateLimitError, api.InternalServerError)):
+            remedy = "try later or lower concurrency"
+            return Unavailable(f"{url} kept failing (status {error.status_code}); {remedy}")
+        reason = " ".join(str(error).split())[:200]
+        return BadInput("request", self.model, f"was refused by {url} ({reason})", "change what it names")
+
+    def _read(self, response: Any, options: Options) -> Completion:
+        if not getattr(response, "choices", None):
+            raise Unavailable(
+                f"{self.base_url} answered without choices; it does not speak the chat protocol"
+            )
+        choice, usage = response.choices[0], response.usage
+        return completion(
+            choice.message.content or "",
+            usage.prompt_tokens if usage else 0,
+            usage.completion_tokens if usage else 0,
+            choice.finish_reason == "length",
+            options,
+        )
