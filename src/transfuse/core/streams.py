@@ -1,0 +1,174 @@
+"""Streams for decoding in step: what a stream is, and every check of one before any model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from .errors import BadInput, IncompatibleModels, NotApplicable
+
+__all__ = ["Stream", "check_generation", "check_vocabularies", "checked", "unpadded"]
+
+
+class Stream(NamedTuple):
+    """One model reading one batch of prompts.
+
+    Attributes:
+        model: A decoder-only language model in eval mode.
+        input_ids: `[B, T]` int64, padded on either side.
+        attention_mask: `[B, T]`, 1 on tokens and 0 on padding; None where nothing is padded.
+    """
+
+    model: PreTrainedModel
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    def repeated(self, copies: int) -> Stream:
+        """Each row `copies` times over, as transformers' `generate` does for `num_return_sequences`."""
+        mask = self.attention_mask
+        mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
+        return Stream(self.model, self.input_ids.repeat_interleave(copies, dim=0), mask)
+
+
+def unpadded(stream: Stream) -> list[list[int]]:
+    """The prompts of a stream as lists of token ids, padding left out."""
+    ids, mask = stream.input_ids, stream.attention_mask
+    if mask is None:
+        return ids.tolist()
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
+
+
+def check_vocabularies(tokenizers: Sequence[Any]) -> None:
+    """Refuse tokenizers that do not give every id the same meaning.
+
+    Raises:
+        IncompatibleModels: naming the sizes and the first id that differs.
+    """
+    first = tokenizers[0].get_vocab()
+    for other in (tokenizer.get_vocab() for tokenizer in tokenizers[1:]):
+        if other == first:
+            continue
+        ours, theirs = ({i: t for t, i in vocab.items()} for vocab in (first, other))
+        at = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+        raise IncompatibleModels(
+            "tokenizers",
+            (len(first), len(other)),
+            f"differ: token id {at} is {ours.get(at)!r} in one and {theirs.get(at)!r} in another",
+            "use models of one family, or methods that align tokens",
+        )
+
+
+def check_generation(config: GenerationConfig) -> None:
+    """Refuse ways of generating that cannot be right when several streams decode as one.
+
+    Raises:
+        NotApplicable: with the reason.
+    """
+    mode = config.get_generation_mode()
+    reasons = {
+        GenerationMode.BEAM_SEARCH: "the streams' caches would not follow the beams",
+        GenerationMode.ASSISTED_GENERATION: "drafted tokens would be checked against one stream alone",
+    }
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        reason = reasons.get(mode, "it selects tokens by looking inside one model")
+        raise NotApplicable(
+            "generation mode",
+            mode.value,
+            f"does not work with several streams: {reason}",
+            "decode greedily or sample",
+        )
+    if config.guidance_scale not in (None, 1, 1.0):
+        raise NotApplicable(
+            "guidance_scale",
+            config.guidance_scale,
+            "keeps a stream of its own beside the others",
+            "leave it out and express the guidance in the combination",
+        )
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise NotApplicable(
+            "cache_implementation",
+            config.cache_implementation,
+            "cannot hold several streams",
+            "leave it out: each stream gets a dynamic cache",
+        )
+
+
+def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
+    """The streams with their padding on the left, none to spare, on their models' devices.
+
+    Args:
+        streams: At least one, all of one batch size.
+        new_tokens: How many tokens will follow each prompt.
+
+    Raises:
+        BadInput: no stream, unequal rows, an empty prompt, or more tokens than a model has positions.
+        IncompatibleModels: models that score different vocabularies.
+        NotApplicable: an encoder-decoder model.
+    """
+    if not streams:
+        raise BadInput("streams", [], "is empty", "give at least one (model, prompt) stream")
+    result: list[Stream] = []
+    for n, (model, ids, mask) in enumerate(streams):
+        name = f"streams[{n}].input_ids"
+        if ids.dim() != 2 or ids.shape[0] == 0:
+            raise BadInput(
+                name, tuple(ids.shape), "is not a batch of prompts", "give int64 ids of shape [B, T], B >= 1"
+            )
+        if ids.shape[0] != streams[0].input_ids.shape[0]:
+            raise BadInput(
+                name,
+                tuple(ids.shape),
+                f"has {ids.shape[0]} rows where the first stream has {streams[0].input_ids.shape[0]}",
+                "give every stream one prompt per row",
+            )
+        if mask is not None and mask.shape != ids.shape:
+            raise BadInput(
+                f"streams[{n}].attention_mask",
+                tuple(mask.shape),
+                f"is not shaped like the ids, {tuple(ids.shape)}",
+                "give one 0 or 1 for each token",
+            )
+        mask = torch.ones_like(ids) if mask is None else (mask != 0).long()
+        lengths = mask.sum(1)
+        if int(lengths.min()) == 0:
+            raise BadInput(
+                name,
+                ids[lengths.argmin()].tolist(),
+                "is a prompt without tokens",
+                "give each row one token or more",
+            )
+        config = model.config.get_text_config(decoder=True)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise NotApplicable(
+                f"streams[{n}].model",
+                type(model).__name__,
+                "reads its prompt with an encoder, which the streams' shared positions cannot describe",
+                "use a decoder-only model",
+            )
+        vocabulary = getattr(config, "vocab_size", None)
+        if result and model is not result[0].model:
+            expected = getattr(result[0].model.config.get_text_config(decoder=True), "vocab_size", None)
+            if vocabulary != expected:
+                raise IncompatibleModels(
+                    f"streams[{n}].model",
+                    type(model).__name__,
+                    f"scores {vocabulary} tokens where the first stream scores {expected}",
+                    "use models that share one vocabulary",
+                )
+        width, limit = int(lengths.max()), getattr(config, "max_position_embeddings", None)
+        if limit is not None and width + new_tokens - 1 > limit:  # the last new token is never read
+            raise BadInput(
+                name,
+                f"{width} tokens + {new_tokens} new",
+                f"is more than the {limit} positions of {type(model).__name__}",
+                f"shorten the prompt by {width + new_tokens - 1 - limit} tokens or ask for fewer new ones",
+            )
+        device = next(model.parameters()).device
+        order = mask.argsort(dim=1, stable=True)[:, -width:]  # padding first, tokens in their order after it
+        result.append(Stream(model, ids.gather(1, order).to(device), mask.gather(1, order).to(device)))
+    return result
