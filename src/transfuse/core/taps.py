@@ -21,7 +21,7 @@ __all__ = ["Stopped", "capture", "decoder_layers", "match", "replace", "replay"]
 
 
 class Stopped(Exception):
-    """Ends a forward pass once everything asked for was seen; never leaves this module's contexts."""
+    """Ends a forward pass once everything asked for was seen; never leaves the `capture` that raised it."""
 
 
 def match(model: nn.Module, pattern: str) -> list[str]:
@@ -50,7 +50,7 @@ def decoder_layers(model: nn.Module) -> list[str]:
         if (
             isinstance(module, nn.ModuleList)
             and len(module) > len(best)
-            and len({type(m) for m in module}) == 1
+            and len({type(m.block if isinstance(m, _Skip) else m) for m in module}) == 1
         ):
             best = [f"{name}.{i}" for i in range(len(module))]
     if not best:
@@ -59,7 +59,7 @@ def decoder_layers(model: nn.Module) -> list[str]:
 
 
 def _first(value: Any) -> torch.Tensor:
-    return value[0] if isinstance(value, tuple) else value
+    return value if isinstance(value, torch.Tensor) else value[0]  # tuples and transformers' output records
 
 
 def _with_first(value: Any, new: torch.Tensor) -> Any:
@@ -83,21 +83,24 @@ def capture(
         inputs: Record the first positional input instead of the output.
         grad: Keep the graph; tensors are detached otherwise.
         stop: End the forward pass as soon as all matching modules were called once: layers above cost
-            nothing. The model's own output is then not available: run it through `store.run(**batch)`.
+            nothing. The model's own output is then not available: run it through `store.run(**batch)`
+            (a plain call of the model ends the `with` block instead).
 
     Yields:
-        A dict, module name -> tensor as the module saw it (of a tuple, the first element), plus `run`.
+        A dict, module name -> tensor as the module saw it (of a tuple, the first element). It also has
+        `run(**batch)`, and `tuples`: the names of the modules whose output was a tuple.
     """
     names = [n for p in ([patterns] if isinstance(patterns, str) else patterns) for n in match(model, p)]
-    store = _Store(model)
-    waiting = set(names)
+    store = _Store(model, names)
 
     def see(name: str, value: Any) -> None:
         tensor = _first(value)
         store[name] = tensor if grad else tensor.detach()
-        waiting.discard(name)
-        if stop and not waiting:
-            raise Stopped
+        if isinstance(value, tuple):
+            store.tuples.add(name)
+        store.waiting.discard(name)
+        if stop and not store.waiting:
+            raise Stopped(store)
 
     def hook(name: str) -> Callable[..., None]:
         if inputs:
@@ -113,25 +116,30 @@ def capture(
                 else module.register_forward_hook(hook(name))
             )
             stack.callback(handle.remove)
-        store.waiting, store.names = waiting, names
-        yield store
+        try:
+            yield store
+        except Stopped as end:
+            if end.args[0] is not store:
+                raise
 
 
 class _Store(dict[str, torch.Tensor]):
     """Captured tensors; `run` calls the model and swallows the early end."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, names: Sequence[str]):
         super().__init__()
-        self.model = model
-        self.waiting: set[str] = set()
-        self.names: list[str] = []
+        self.model, self.names = model, list(names)
+        self.waiting = set(names)
+        self.tuples: set[str] = set()
 
     def run(self, **batch: Any) -> Any:
         """Call the model on `batch`; returns its output, or None when the pass ended early."""
         self.waiting.update(self.names)
         try:
             return self.model(**batch)
-        except Stopped:
+        except Stopped as end:
+            if end.args[0] is not self:  # a capture around this one has seen all it wanted
+                raise
             return None
 
 
@@ -173,18 +181,18 @@ def replace(
 
 
 class _Skip(nn.Module):
-    """Stands in for a block whose result is not needed: hands its input on; other attributes are the block's."""
+    """Stands in for a skipped block: hands its input on; other attributes are the block's."""
 
     def __init__(self, block: nn.Module, tupled: bool):
         super().__init__()
-        self.__dict__["_block"] = block
+        self.__dict__["block"] = block  # not registered: parameters keep one owner
         self.tupled = tupled
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_block"], name)
+            return getattr(self.__dict__["block"], name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden_states,) if self.tupled else hidden_states
@@ -194,14 +202,15 @@ class _Skip(nn.Module):
 def replay(model: nn.Module, layer: str, hidden: torch.Tensor, *, tupled: bool = False) -> Iterator[None]:
     """Run `model` from block `layer` upwards on cached `hidden` states: the blocks below are skipped.
 
-    Call the model with the `input_ids` and `attention_mask` that produced `hidden`, so that masks and positions
-    are built as usual, and without a KV cache (`use_cache=False`).
+    Call the model with the `input_ids` and `attention_mask` that produced `hidden`, so that masks and
+    positions are built as usual. The skipped blocks leave no entry in a KV cache: pass `use_cache=False`, or
+    a cache of your own whose first entries have the right length.
 
     Args:
         model: A transformer with a stack of blocks.
         layer: Name of the first block to run (see `decoder_layers`).
         hidden: Its input, `[batch, tokens, width]` (from `capture(model, layer, inputs=True)`).
-        tupled: The architecture's blocks return tuples.
+        tupled: The architecture's blocks return tuples (see `tuples` of `capture`).
 
     Raises:
         BadInput: `layer` is not one of the model's blocks.
