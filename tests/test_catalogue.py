@@ -339,7 +339,7 @@ def test_verdicts_follow_the_file(write, elsewhere):
     path = write(GOOD)
     method = catalogue.read(path)
     assert method.evidence == {"quick": "not measured", "full": "not measured"}
-    tiers = {"quick": {"verdict": "passed", "method_hash": sha256_file(path)}}
+    tiers = {"quick": {"verdict": "passed", "method_sha256": sha256_file(path)}}
     (elsewhere / "echo.json").write_text(json.dumps({"slug": "echo", "tiers": tiers}))
     assert method.evidence == {"quick": "passed", "full": "not measured"}
     path.write_text(GOOD + "\n# changed\n")

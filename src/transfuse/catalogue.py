@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .core.errors import BadInput, CorruptFile
+from .core.errors import BadInput
+from .core.records import evidence_root, read_record, slug_of
 
 __all__ = [
     "ACCESS",
@@ -113,11 +113,6 @@ class Method:
         }
 
 
-def slug_of(name: str) -> str:
-    """`CK_Plug` -> `ck-plug`."""
-    return name.strip().lower().replace("_", "-")
-
-
 def families() -> list[str]:
     """Names of the method families, sorted: the sub-packages other than `core` and `compare`."""
     return sorted(
@@ -193,28 +188,13 @@ def main_name(slug: str, names: list[str]) -> str:
     return next((name for name in names if letters(name) == letters(slug)), names[0])
 
 
-def evidence_root() -> Path:
-    """Folder of the evidence recipes and records: the checkout's, or the copy inside an installed package."""
-    installed = _PACKAGE / "_evidence"
-    return installed if installed.is_dir() else _PACKAGE.parents[1] / "evidence"
-
-
 def record(slug: str) -> dict[str, Any] | None:
     """The evidence record of `slug`, or None if it was never measured.
 
     Raises:
         CorruptFile: the record cannot be read.
     """
-    path = evidence_root() / "results" / f"{slug_of(slug)}.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CorruptFile("record", str(path), f"is not JSON ({error})", "measure again") from error
-    if not isinstance(found, dict):
-        raise CorruptFile("record", str(path), "is not an object", "measure again")
-    return found
+    return read_record(slug, evidence_root())
 
 
 def read(
@@ -371,6 +351,6 @@ def _verdict(tier: dict[str, Any] | None, path: Path) -> str:
 
     if not tier:
         return "not measured"
-    if tier.get("method_hash") != sha256_file(path):
+    if tier.get("method_sha256") != sha256_file(path):
         return "outdated"
     return str(tier.get("verdict", "not measured"))

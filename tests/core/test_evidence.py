@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfuse.core import evidence
+from transfuse.core import evidence, records
 from transfuse.core.errors import BadInput, CorruptFile
 from transfuse.core.evidence import parse_rules, read_record, run_evidence
 
@@ -124,7 +124,8 @@ def house(tmp_path, monkeypatch):
     (root / "edit").mkdir(parents=True)
     (root / "edit" / "toy_method.py").write_text(RECIPE)
     (root / "edit" / "_helper.py").write_text("raise SystemError")
-    monkeypatch.setattr(evidence, "_PACKAGE", package)
+    monkeypatch.setattr(evidence, "PACKAGE", package)
+    monkeypatch.setattr(records, "PACKAGE", package)
     return root
 
 

@@ -31,13 +31,13 @@ from .errors import BadInput, CorruptFile
 from .fields import suggest
 from .files import atomic_write, check_writable, sha256_file
 from .lineage import git_state, hardware, jsonable, versions
+from .records import PACKAGE, evidence_root, read_record, slug_of
 
 __all__ = ["Rule", "evidence_root", "parse_rules", "read_record", "run_evidence"]
 
 TIERS = ("quick", "full")
 SEEDS = 3
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _SHARE = re.compile(r"\s+in\s+(\d+)\s*/\s*(\d+)\s+seeds?$")
 _COMPARISONS: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
@@ -192,30 +192,6 @@ def _value(node: ast.expr, arms: Arms, seeds: Sequence[Arms]) -> float:
     return math.nan if found is None else float(found)
 
 
-def evidence_root() -> Path:
-    """Folder of recipes and records: the copy inside an installed package, else the checkout's `evidence`."""
-    packaged = _PACKAGE / "_evidence"
-    return packaged if packaged.is_dir() else _PACKAGE.parents[1] / "evidence"
-
-
-def read_record(slug: str, root: Path | None = None) -> dict[str, Any] | None:
-    """The record of `slug` (`ck-plug` or `ck_plug`), or None if it was never measured.
-
-    Raises:
-        CorruptFile: the record cannot be read.
-    """
-    path = (root or evidence_root()) / "results" / f"{_slug(slug)}.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CorruptFile("record", str(path), f"is not JSON ({error})", "measure again") from error
-    if not isinstance(found, dict) or not isinstance(found.get("tiers"), dict):
-        raise CorruptFile("record", str(path), "holds no tiers", "measure again")
-    return found
-
-
 def run_evidence(
     slug: str, tier: str = "quick", seeds: int | None = None, root: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
@@ -234,15 +210,15 @@ def run_evidence(
         The record as written.
 
     Raises:
-        BadInput: no such recipe, a rule outside the grammar, or one that reads a figure `run` does not return.
+        BadInput: no such recipe, a rule outside the grammar, or one reading a figure `run` does not return.
     """
     if tier not in TIERS:
         raise BadInput("tier", tier, "is unknown", "use quick or full")
     base = evidence_root() if root is None else Path(root)
     recipe = _find(slug, base)
-    results = Path("evidence/results") if base == _PACKAGE / "_evidence" else base / "results"
+    results = Path("evidence/results") if base == PACKAGE / "_evidence" else base / "results"
     check_writable(results, "results")
-    method = _PACKAGE / recipe.parent.name / recipe.name
+    method = PACKAGE / recipe.parent.name / recipe.name
     if not method.is_file():
         raise BadInput(
             "slug", slug, f"has a recipe but no module {method.name}", "add the method, or rename the recipe"
@@ -283,7 +259,11 @@ def run_evidence(
         "recipe_sha256": sha256_file(recipe),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    head = {"slug": _slug(module.SLUG), "family": recipe.parent.name, "claim": " ".join(module.CLAIM.split())}
+    head = {
+        "slug": slug_of(module.SLUG),
+        "family": recipe.parent.name,
+        "claim": " ".join(module.CLAIM.split()),
+    }
     if getattr(module, "NOTES", ""):
         head["notes"] = " ".join(module.NOTES.split())
     record: dict[str, Any] = jsonable({**head, **entry, "tiers": {**earlier, tier: entry}})
@@ -299,14 +279,14 @@ def run_evidence(
 
 def _find(slug: str, root: Path) -> Path:
     found = {
-        _slug(path.stem): path
+        slug_of(path.stem): path
         for path in sorted(root.glob("[!_.]*/[!_.]*.py"))
         if path.parent.name != "results"
     }
-    if _slug(slug) not in found:
-        remedy = suggest(_slug(slug), found, f"recipes: {', '.join(found) or 'none'}")
+    if slug_of(slug) not in found:
+        remedy = suggest(slug_of(slug), found, f"recipes: {', '.join(found) or 'none'}")
         raise BadInput("slug", slug, f"has no recipe under {root}", remedy)
-    return found[_slug(slug)]
+    return found[slug_of(slug)]
 
 
 def _import(path: Path) -> ModuleType:
@@ -319,9 +299,9 @@ def _import(path: Path) -> ModuleType:
     for needed in ("SLUG", "CLAIM", "RULE", "run"):
         if not hasattr(module, needed):
             raise BadInput(path.name, needed, "is missing from the recipe", f"define {needed}")
-    if _slug(module.SLUG) != _slug(path.stem):
+    if slug_of(module.SLUG) != slug_of(path.stem):
         raise BadInput(
-            f"{path.name}: SLUG", module.SLUG, "is not the file's name", f"use {_slug(path.stem)!r}"
+            f"{path.name}: SLUG", module.SLUG, "is not the file's name", f"use {slug_of(path.stem)!r}"
         )
     return module
 
@@ -354,10 +334,6 @@ def _summary(seeds: Sequence[Arms]) -> dict[str, dict[str, float]]:
         values = [arms[arm][metric] for arms in seeds if metric in arms.get(arm, {})]
         means.setdefault(arm, {})[metric] = math.fsum(v for v in values if v is not None) / len(values)
     return means
-
-
-def _slug(name: str) -> str:
-    return name.strip().lower().replace("_", "-")
 
 
 def _tell(line: str) -> None:
