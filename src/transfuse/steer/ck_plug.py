@@ -25,9 +25,7 @@ H_c, which is on almost every token: `gate="repo"`. Its adaptive weights have th
 greedy output, at another temperature. It decides for one row at a time, with large negative constants as
 mask; here each row of a batch has its own gate, and masking follows mixing.
 
-    from transfuse.core.models import load
-    from transfuse.steer.ck_plug import CKPlug
-    model, tokenizer = load("smollm2-135m")
+    model, tokenizer = transfuse.load("smollm2-135m")
     steered = CKPlug(model, tokenizer, alpha=0.0)
     steered.generate("The capital of France is", "France moved its capital to Oslo.")
 """
@@ -388,9 +386,8 @@ class CKPlug(Steer):
         """`combine` that leaves rows without context alone, and records gain and gate."""
         absent = [with_context == alone for with_context, alone in zip(*map(unpadded, streams))]
         if any(absent):
-            warnings.warn(
-                f"{sum(absent)} of {len(absent)} prompts have no context: decoded plainly", stacklevel=2
-            )
+            told = f"no context in {sum(absent)} of {len(absent)} prompts: decoded plainly"
+            warnings.warn(told, UserWarning, stacklevel=2)
         plain = torch.tensor(absent, device=streams[0].input_ids.device)
 
         def combine(logits: list[Tensor]) -> Tensor:
