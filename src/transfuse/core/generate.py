@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BadInput
 
-__all__ = ["encode_pair", "generate_texts", "pad_batch", "target_matches", "target_nll"]
+__all__ = ["encode_pair", "generate_texts", "pad_batch", "predicted_tokens", "target_matches", "target_nll"]
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], list[int]]:
@@ -124,7 +124,7 @@ def generate_texts(
 def _forced(
     model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], pad: int, batch_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per pair: (argmax hits bool [n], negative log-likelihoods float32 [n]) of its n target tokens."""
+    """Per pair: (argmax int64 [n], negative log-likelihoods float32 [n]) at its n target tokens."""
     results: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     for start in range(0, len(order), batch_size):
@@ -145,10 +145,10 @@ def _forced(
         logits = out.logits[:, :-1].float()  # [b, longest, V]: only the positions that predict a target token
         gold = ids[:, -longest:]
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), gold, reduction="none")
-        hits = logits.argmax(-1) == gold
+        best = logits.argmax(-1)
         for row, i in enumerate(chosen):
             n = len(pairs[i][1])
-            results[i] = hits[row, longest - n :].cpu(), nll[row, longest - n :].cpu()
+            results[i] = best[row, longest - n :].cpu(), nll[row, longest - n :].cpu()
     return results
 
 
@@ -166,7 +166,21 @@ def target_matches(
         One bool tensor `[n_i]` per prompt, n_i being the number of target tokens.
     """
     pairs = [encode_pair(tokenizer, p, t) for p, t in zip(prompts, targets, strict=True)]
-    return [hits for hits, _ in _forced(model, pairs, pad_id_of(tokenizer), batch_size)]
+    found = _forced(model, pairs, pad_id_of(tokenizer), batch_size)
+    return [best == torch.tensor(pair[1]) for (best, _), pair in zip(found, pairs, strict=True)]
+
+
+def predicted_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    batch_size: int = 16,
+) -> list[torch.Tensor]:
+    """Teacher-forced argmax token ids (int64 `[n_i]`) at the places of each target's tokens."""
+    pairs = [encode_pair(tokenizer, p, t) for p, t in zip(prompts, targets, strict=True)]
+    return [best for best, _ in _forced(model, pairs, pad_id_of(tokenizer), batch_size)]
 
 
 def target_nll(

@@ -26,7 +26,14 @@ def editor(method: str, **hparams: Any) -> Editor:
     from .. import catalogue
     from ..core.errors import BadInput
 
-    found = catalogue.find(method, family="edit")
+    found = catalogue.find(method)
+    if found.family != "edit":
+        raise BadInput(
+            "method",
+            method,
+            f"is not an editor but of the family {found.family}",
+            "see: transfuse methods --family edit",
+        )
     cls = catalogue.get(found.slug)
     known = [name for name in inspect.signature(cls).parameters]
     for name, value in hparams.items():
