@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # An environment is ready when its stamp exists; the stamp's name changes with what should be installed.
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 USER_READY := $(VENV)/.ready-user-$(KEY)
@@ -39,9 +39,9 @@ $(BIN)/python:
 # torch first and by its exact version, so that one build of it is chosen before anything else asks for it.
 define install
 @echo "setting up $(VENV) ($(1)); this is done once"
-@$(PIP) install --quiet $$(grep '^torch==' constraints.txt)
-@$(PIP) install --quiet -c constraints.txt hatchling editables
-@$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[$(1)]'
+@$(PIP) install $$(grep '^torch==' constraints.txt)
+@$(PIP) install -c constraints.txt hatchling editables
+@$(PIP) install --no-build-isolation -c constraints.txt -e '.[$(1)]'
 @touch $@
 endef
 

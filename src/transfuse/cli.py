@@ -85,7 +85,7 @@ def models(as_json: AsJson = False) -> None:
     """List the reference models: size, licence, origin, whether they are in the cache."""
     from .core.references import REFERENCES, cached_folder
 
-    found = []
+    found: list[dict[str, Any]] = []
     for name, reference in REFERENCES.items():
         folder = cached_folder(name)
         found.append(

@@ -41,7 +41,7 @@ class BadInput(TransfuseError, ValueError):
         self.argument, self.value, self.problem, self.remedy = argument, value, problem, remedy
         super().__init__(f"{argument} = {_shown(value)} {problem}; {remedy}")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.argument, self.value, self.problem, self.remedy)
 
 
@@ -64,7 +64,7 @@ class MissingExtra(TransfuseError, ImportError):
         self.package, self.extra = package, extra
         super().__init__(f'{package} is not installed; run: pip install "transfuse[{extra}]"')
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.package, self.extra)
 
 
