@@ -140,6 +140,7 @@ def test_unions_keep_exact_types_and_agree_with_isinstance(value):
         ([1, 1], set[int], {1}),
         ({"a": [1]}, Mapping[str, list[int]], {"a": [1]}),
         ({"uses": 1}, dict[str, int], {"uses": 1}),  # an ordinary mapping may have such a key
+        (["a", {"uses": "b"}], list[str | dict[str, Any]], ["a", {"uses": "b"}]),
         ([{"latency_ms": 1}], list[Limits], [Limits(1.0)]),
         (3, Any, 3),
         (Limits(2.0), Limits, Limits(2.0)),

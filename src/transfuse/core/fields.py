@@ -133,12 +133,7 @@ def check_value(value: Any, hint: Any, where: str, *, resolve: Resolver | None =
     A bool is no number, a whole number is a float, text is no list. Unions take the first member that fits.
     """
     hint = plain(hint)
-    if (
-        isinstance(value, Mapping)
-        and "uses" in value
-        and get_origin(hint) not in MAPPINGS
-        and hint not in MAPPINGS
-    ):
+    if isinstance(value, Mapping) and "uses" in value and not _takes_mapping(hint):
         return _node(value, hint, where, resolve)
     if hint in (Any, object, inspect.Parameter.empty) or isinstance(hint, TypeVar):
         return value
@@ -246,6 +241,13 @@ def _node(value: Mapping[str, Any], hint: Any, where: str, resolve: Resolver | N
             at(where, "uses"), value["uses"], f"is a {target.__name__}, not {_wanted(hint)}", "use another"
         )
     return Node(target, check_arguments(target, value.get("with"), at(where, "with"), resolve=resolve), where)
+
+
+def _takes_mapping(hint: Any) -> bool:
+    """Whether a plain mapping is a value of this type, so that a key `uses` in it is the user's own."""
+    if get_origin(hint) in UNIONS:
+        return any(_takes_mapping(plain(member)) for member in get_args(hint))
+    return (get_origin(hint) or hint) in MAPPINGS
 
 
 def _is_subclass(target: type, kind: type) -> bool:
