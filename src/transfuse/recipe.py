@@ -1,68 +1,385 @@
-"""YAML recipes: read strictly, checked against Python signatures before anything is loaded, then run."""
+"""YAML recipes: read strictly, checked against Python signatures before any model is loaded, then run.
+
+A run recipe names a model, one method, what the method's family needs (facts, documents, ...) and a folder:
+
+    model: smollm2-135m
+    method: {uses: rome, with: {layer: 12}}
+    facts: facts.jsonl
+    output: runs/rome
+
+`with` holds the arguments of the method's class or function, under their own names and types; an argument
+that is itself an object is written `{uses: family.module.Name, with: {...}}`. The other keys are arguments of
+the family's `transfer` function. File names are relative to the recipe, `output` to the working folder.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import inspect
 import os
-import re
-from collections.abc import Mapping
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import yaml
+from . import catalogue
+from .core.errors import BadInput, NotApplicable
+from .core.fields import (
+    PATHS,
+    Node,
+    at,
+    check_arguments,
+    from_mapping,
+    hints_of,
+    parameters_of,
+    suggest,
+    uses_and_with,
+)
+from .core.files import check_writable, locked, sha256_json
+from .core.lineage import amend_lineage, input_hash, jsonable, read_lineage, write_lineage
+from .core.schema import json_schema
+from .core.strict_yaml import load
 
-from .core.errors import BadInput, CorruptFile
-from .core.fields import from_mapping
+__all__ = ["Run", "build", "check", "from_mapping", "load", "run", "schema"]
 
-__all__ = ["from_mapping", "load"]
-
-_EXPONENT = re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+")
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key given twice is an error, and `1e-4` is a number as in YAML 1.2."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if isinstance(key, (str, int, float)) and key_node.tag != "tag:yaml.org,2002:merge":
-                if key in seen:
-                    raise BadInput(
-                        f"line {line}: {key}", key, f"was given in line {seen[key]}", "keep one of the two"
-                    )
-                seen[key] = line
-        return super().construct_mapping(node, deep=deep)
+# Arguments of a family's `transfer` that are not keys of the recipe: `run` supplies them.
+SUPPLIED = ("model", "tokenizer", "method", "output", "scratch", "seed")
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+@dataclass(frozen=True)
+class Run:
+    """A checked run recipe.
+
+    Attributes:
+        model: What `transfuse.load` takes.
+        method: The method with its checked arguments.
+        slug: Its name.
+        family: Its family.
+        inputs: Checked arguments of the family's `transfer`.
+        output: Folder of the result.
+        seed: Of everything that draws random numbers.
+        dtype: As `transfuse.load` takes it.
+        device: As `transfuse.load` takes it.
+    """
+
+    model: str
+    method: Node
+    slug: str
+    family: str
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    output: Path = Path("runs/transfuse")
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "cpu"
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over all that decides the result: names, arguments, and the contents of the files named."""
+        inputs = {name: input_hash(value) for name, value in self.inputs.items()}
+        arguments = jsonable({name: _described(value) for name, value in self.method.arguments.items()})
+        return sha256_json([self.model, self.slug, arguments, inputs, self.seed, self.dtype, self.device])
 
 
-def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """Read a recipe file; a mapping is returned as a plain dict.
+@dataclass(frozen=True, kw_only=True)
+class _Common:
+    """What every run recipe may hold.
+
+    Attributes:
+        model: A reference model's name, a folder, or a hub id.
+        output: Folder of the result; `runs/<name of the recipe>` by default.
+        seed: Of everything that draws random numbers.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda", "cuda:1" or "auto".
+    """
+
+    model: str
+    output: Path | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "cpu"
+
+
+def check(
+    recipe: str | os.PathLike[str] | Mapping[str, Any], *, output: str | os.PathLike[str] | None = None
+) -> Run:
+    """Check a run recipe: names, types, files; no model is loaded and nothing is written.
+
+    Args:
+        recipe: A YAML file, or what one would hold (file names are then relative to the working folder).
+        output: Folder of the result, in place of the recipe's.
 
     Raises:
-        BadInput: there is no such file, or it does not hold a mapping, or holds a key twice.
-        CorruptFile: it is not YAML.
+        BadInput: the message names the file, the dotted path of the field, its value and what to do.
     """
-    if isinstance(source, Mapping):
-        return dict(source)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise BadInput("recipe", str(path), "does not exist", "give the path of a YAML file")
+    mapping = load(recipe)
+    path = None if isinstance(recipe, Mapping) else Path(recipe).expanduser()
+    where, base = ("", Path()) if path is None else (f"{path.name}:", path.parent)
+    if "carriers" in mapping:
+        raise BadInput(
+            where or "recipe", mapping["carriers"], "is a comparison", "run it with `transfuse compare`"
+        )
+    if "method" not in mapping:
+        raise BadInput(at(where, "method"), None, "is missing", "add method: {uses: <slug>, with: {...}}")
+    method, node = _method(mapping["method"], at(where, "method"))
+    transfer = _transfer(method)
+    common = {f.name: mapping[f.name] for f in fields(_Common) if f.name in mapping}
+    rest = {key: value for key, value in mapping.items() if key not in common and key != "method"}
+    needed = [name for name in parameters_of(transfer) if name not in SUPPLIED]
+    known = [*needed, *(f.name for f in fields(_Common)), "method"]
+    for key in rest:
+        if key not in needed:
+            remedy = suggest(key, known, f"known here: {', '.join(known)}")
+            raise BadInput(at(where, key), rest[key], "is not a known field", remedy)
+    inputs = check_arguments(transfer, rest, where, given=SUPPLIED, resolve=find)
+    for name, hint in hints_of(transfer).items():
+        if name in inputs and inputs[name] is not None and _is_path(hint):
+            inputs[name] = _existing(base, inputs[name], at(where, name))
+    checked = from_mapping(_Common, common, where)
+    model = str(base / checked.model) if (base / checked.model).is_dir() else checked.model
+    chosen = Path(output).expanduser() if output is not None else checked.output
+    if chosen is None:
+        chosen = Path("runs") / (path.stem if path else method.slug)
+    return Run(
+        model, node, method.slug, method.family, inputs, chosen, checked.seed, checked.dtype, checked.device
+    )
+
+
+def _method(value: Any, where: str) -> tuple[catalogue.Method, Node]:
+    """The method of `{uses, with}` (or a bare name) and its checked arguments."""
+    name, given = (value, None) if isinstance(value, str) else uses_and_with(value, where)
+    place = at(where, "uses")
+    family, _, slug = name.removeprefix("transfuse.").rpartition(".")
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        found = loader.get_single_data()
+        method = catalogue.find(slug)
     except BadInput as error:
-        raise BadInput(f"{path.name}: {error.argument}", error.value, error.problem, error.remedy) from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise CorruptFile("recipe", str(path), f"is not YAML ({_brief(error)})", "mend the file") from error
-    if not isinstance(found, Mapping):
-        raise BadInput("recipe", str(path), "does not hold a mapping", "write `name: value` lines")
-    return dict(found)
+        raise BadInput(place, name, error.problem, error.remedy) from None
+    if family not in ("", method.family):
+        raise BadInput(place, name, f"is in {method.family}", f"write {method.family}.{slug}")
+    target = catalogue.get(method.slug)
+    arguments = check_arguments(target, given, at(where, "with"), given=("model", "tokenizer"), resolve=find)
+    return method, Node(target, arguments, where)
 
 
-def _brief(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    text = getattr(error, "problem", None) or str(error)
-    return " ".join(f"line {mark.line + 1}: {text}".split() if mark else text.split())
+def find(name: Any, where: str = "uses") -> Any:
+    """The class or function behind a nested `uses`: a method's slug, or `family.module.Name` of this package.
+
+    Only methods of the catalogue and public names (`__all__`) of transfuse modules can be reached: a recipe
+    cannot call anything else.
+
+    Raises:
+        BadInput: there is no such thing.
+    """
+    if not isinstance(name, str):
+        raise BadInput(where, name, "is not a name", "give a slug or family.module.Name")
+    module, _, member = name.removeprefix("transfuse.").rpartition(".")
+    if not module or module in catalogue.families():
+        try:
+            return catalogue.get(member)
+        except BadInput as error:
+            raise BadInput(where, name, error.problem, error.remedy) from None
+    try:
+        public = importlib.import_module(f"transfuse.{module}")
+    except ModuleNotFoundError:
+        raise BadInput(where, name, "is not in transfuse", "write family.module.Name") from None
+    names = getattr(public, "__all__", [])
+    if member not in names:
+        raise BadInput(
+            where,
+            name,
+            f"is not public in {module}",
+            suggest(member, names, f"use one of {', '.join(names)}"),
+        )
+    return getattr(public, member)
+
+
+def _transfer(method: catalogue.Method) -> Callable[..., Any]:
+    """What the method's family does with a recipe."""
+    try:
+        found = getattr(importlib.import_module(f"transfuse.{method.family}"), "transfer", None)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise NotApplicable(
+            "method", method.slug, "has no single run", "call it from Python, or use transfuse compare"
+        )
+    return found
+
+
+def _is_path(hint: Any) -> bool:
+    return any(
+        member in PATHS or getattr(member, "__origin__", None) is os.PathLike
+        for member in get_args(hint) or (hint,)
+    )
+
+
+def _existing(base: Path, value: str | Path, where: str) -> Path:
+    path = base / Path(value).expanduser()
+    if not path.exists():
+        raise BadInput(where, str(value), "does not exist", f"give a path relative to {base.resolve()}")
+    return path
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Node):
+        name = f"{value.target.__module__}.{value.target.__qualname__}"
+        return {"uses": name, "with": {key: _described(item) for key, item in value.arguments.items()}}
+    return value
+
+
+def build(node: Node) -> Any:
+    """Make the object a checked node describes.
+
+    A method that works on a model (`model` is among its parameters) is returned as a function that still
+    takes it; any other is called.
+    """
+    if "model" in parameters_of(node.target):
+        return functools.partial(node.target, **node.values())
+    return node.build()
+
+
+def run(
+    recipe: str | os.PathLike[str] | Mapping[str, Any], *, output: str | os.PathLike[str] | None = None
+) -> Path:
+    """Run one transfer and leave its result, with its lineage, in the output folder; tell progress on stderr.
+
+    The result appears at once, by a rename. A run that was interrupted goes on from its checkpoints where the
+    method makes any; a finished one is not done again.
+
+    Args:
+        recipe: A YAML file or its contents; see the module's text.
+        output: Folder of the result, in place of the recipe's.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        BadInput: the recipe is wrong, or the output folder holds something else; nothing was written.
+    """
+    job = check(recipe, output=output)
+    target, identity = check_writable(job.output), job.identity
+    if _finished(target, identity):
+        _tell(f"{job.slug}: already in {target}")
+        return target
+    method = build(job.method)
+
+    from .core.models import load as load_model
+    from .core.training import seeded
+
+    started = time.perf_counter()
+    _tell(f"{job.slug}: loading {job.model}")
+    model, tokenizer = load_model(job.model, dtype=job.dtype, device=job.device)
+    with _workshop(target, identity) as work:
+        if _finished(target, identity):  # another process made it while this one waited
+            return target
+        result, transfer = work / "result", _transfer(catalogue.find(job.slug))
+        supplied = {"output": result, "scratch": work / "scratch", "seed": job.seed}
+        extra = {
+            name: value for name, value in supplied.items() if name in inspect.signature(transfer).parameters
+        }
+        _tell(f"{job.slug}: working")
+        with seeded(job.seed):
+            transfer(model, tokenizer, method=method, **extra, **job.inputs)
+        if not (result / "transfuse.json").is_file():
+            write_lineage(result, method=job.slug)
+        arguments = {name: _described(value) for name, value in job.method.arguments.items()}
+        seconds = round(time.perf_counter() - started, 3)
+        amend_lineage(
+            result,
+            arguments=read_lineage(result)["arguments"] or arguments,
+            seed=job.seed,
+            base_model=job.model,
+            run={"identity": identity, "inputs": job.inputs, "seconds": seconds},
+        )
+        os.replace(result, target)
+    _tell(f"{job.slug}: done in {time.perf_counter() - started:.1f} s, see {target}")
+    return target
+
+
+def _finished(target: Path, identity: str) -> bool:
+    """Whether `target` is this run's result; anything else in its place is refused."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return False
+    with contextlib.suppress(BadInput):
+        if read_lineage(target).get("run", {}).get("identity") == identity:
+            return True
+    raise BadInput("output", str(target), "holds something else", "choose another folder, or remove this one")
+
+
+@contextlib.contextmanager
+def _workshop(target: Path, identity: str) -> Iterator[Path]:
+    """A hidden folder beside `target`, for one run at a time; an error leaves it only with checkpoints."""
+    missing = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
+    work = target.parent / f".{target.name}.{identity[:12]}.work"
+    try:
+        with locked(work / "lock"):
+            shutil.rmtree(work / "result", ignore_errors=True)
+            if target.is_dir() and not any(target.iterdir()):
+                target.rmdir()
+            yield work
+            shutil.rmtree(work, ignore_errors=True)
+    except BaseException:
+        if not (work / "scratch").is_dir() or not any((work / "scratch").iterdir()):
+            shutil.rmtree(work, ignore_errors=True)
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema (2020-12) of recipes, for editors: run recipes, and comparisons where `carriers` stands.
+
+    Imports every method.
+    """
+    common = json_schema(_Common)
+    properties: dict[str, Any] = dict(common["properties"])
+    slugs, branches = [], []
+    for method in catalogue.methods():
+        try:
+            transfer = _transfer(method)
+        except NotApplicable:
+            continue
+        slugs.append(method.slug)
+        target = catalogue.get(method.slug)
+        inputs = json_schema(transfer, given=SUPPLIED)
+        arguments = json_schema(target, given=("model", "tokenizer"))
+        uses = {
+            "properties": {"uses": {"enum": [method.slug, f"{method.family}.{method.slug}"]}},
+            "required": ["uses"],
+        }
+        branches.append(
+            {
+                "if": {"properties": {"method": uses}, "required": ["method"]},
+                "then": {
+                    "properties": {**inputs["properties"], "method": {"properties": {"with": arguments}}},
+                    "required": inputs.get("required", []),
+                },
+            }
+        )
+    with_name = {"uses": {"type": "string", "examples": slugs}, "with": {"type": "object"}}
+    properties["method"] = {"type": "object", "properties": with_name, "required": ["uses"]}
+    run_recipe = {
+        "properties": properties,
+        "required": ["model", "method"],
+        "allOf": branches,
+        "unevaluatedProperties": False,
+    }
+    comparison = json_schema(importlib.import_module("transfuse.compare.job").Recipe)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "transfuse recipe",
+        "type": "object",
+        "if": {"required": ["carriers"]},
+        "then": comparison,
+        "else": run_recipe,
+    }
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

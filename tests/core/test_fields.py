@@ -188,7 +188,7 @@ def test_nested_nodes_are_checked_first_and_built_later():
     ("raw", "where", "says"),
     [
         ({"objective": {"uses": "objectiv"}}, "objective.uses", "did you mean 'objective'?"),
-        ({"objective": {"uses": "objective", "wiht": {}}}, "objective.wiht", "only `uses` and `with`"),
+        ({"objective": {"uses": "objective", "wiht": {}}}, "objective.wiht", "give only `uses` and `with`"),
         ({"objective": {"uses": "objective", "with": {"inner": {"uses": "objective", "with": {"wait": 1}}}}},
          "objective.with.inner.with.wait", "did you mean 'weight'?"),
         ({"objective": {"uses": "limits"}}, "objective.uses", "is a Limits"),

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from .errors import BadInput
 
-__all__ = ["Node", "at", "check_arguments", "check_value", "from_mapping", "suggest"]
+__all__ = ["Node", "at", "check_arguments", "check_value", "from_mapping", "suggest", "uses_and_with"]
 
 T = TypeVar("T")
 Resolver = Callable[[Any, str], Any]
@@ -42,9 +42,13 @@ class Node:
     arguments: Mapping[str, Any]
     where: str
 
+    def values(self) -> dict[str, Any]:
+        """The arguments, with nested nodes built."""
+        return {name: _built(value) for name, value in self.arguments.items()}
+
     def build(self, **given: Any) -> Any:
-        """Call the target with its arguments, nested nodes first, and with those the caller `given`s."""
-        return self.target(**given, **{name: _built(value) for name, value in self.arguments.items()})
+        """Call the target with its arguments, nested nodes first, and with those the caller gives."""
+        return self.target(**given, **self.values())
 
 
 def _built(value: Any) -> Any:
@@ -229,18 +233,28 @@ def _check_sequence(
 def _node(value: Mapping[str, Any], hint: Any, where: str, resolve: Resolver | None) -> Node:
     if resolve is None:
         raise BadInput(where, dict(value), "cannot hold `uses`", f"give {_wanted(hint)}")
-    extra = [key for key in value if key not in ("uses", "with")]
-    if extra:
-        raise BadInput(
-            at(where, extra[0]), value[extra[0]], "is not a known field", "only `uses` and `with` stand here"
-        )
-    target = resolve(value["uses"], at(where, "uses"))
+    name, arguments = uses_and_with(value, where)
+    target = resolve(name, at(where, "uses"))
     wanted = [m for m in (get_args(hint) if get_origin(hint) in UNIONS else (hint,)) if isinstance(m, type)]
     if isinstance(target, type) and wanted and not any(_is_subclass(target, kind) for kind in wanted):
         raise BadInput(
             at(where, "uses"), value["uses"], f"is a {target.__name__}, not {_wanted(hint)}", "use another"
         )
-    return Node(target, check_arguments(target, value.get("with"), at(where, "with"), resolve=resolve), where)
+    return Node(target, check_arguments(target, arguments, at(where, "with"), resolve=resolve), where)
+
+
+def uses_and_with(value: Any, where: str) -> tuple[str, Any]:
+    """The name and the unchecked arguments in `{uses: name, with: {...}}`.
+
+    Raises:
+        BadInput: it is of another form.
+    """
+    if not isinstance(value, Mapping) or not isinstance(value.get("uses"), str):
+        raise BadInput(where, value, "names nothing to use", "write {uses: <name>, with: {...}}")
+    for key in value:
+        if key not in ("uses", "with"):
+            raise BadInput(at(where, key), value[key], "is not a known field", "give only `uses` and `with`")
+    return value["uses"], value.get("with")
 
 
 def _takes_mapping(hint: Any) -> bool:

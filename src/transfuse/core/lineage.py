@@ -18,7 +18,16 @@ from typing import Any
 from .errors import BadInput, CorruptFile
 from .files import atomic_write, sha256_file, sha256_json
 
-__all__ = ["git_state", "hardware", "input_hash", "jsonable", "read_lineage", "versions", "write_lineage"]
+__all__ = [
+    "amend_lineage",
+    "git_state",
+    "hardware",
+    "input_hash",
+    "jsonable",
+    "read_lineage",
+    "versions",
+    "write_lineage",
+]
 
 FILE = "transfuse.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
@@ -71,12 +80,27 @@ def write_lineage(
         "versions": versions(),
         "hardware": hardware(),
         "git": git_state(),
+        "summary": summary,
+        "usage": usage,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    return _write(path, record)
+
+
+def amend_lineage(folder: str | os.PathLike[str], **values: Any) -> Path:
+    """Set entries of a folder's record (`seed`, `base_model`, `run`, ...) and write record and card again.
+
+    Raises:
+        BadInput: the folder has no record.
+    """
+    return _write(Path(folder), {**read_lineage(folder), **jsonable(values)})
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> Path:
     # The card goes first: a folder with transfuse.json in it is complete.
-    atomic_write(path / "README.md", _card(record, summary, usage))
-    atomic_write(path / FILE, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return path / FILE
+    atomic_write(folder / "README.md", _card(record))
+    atomic_write(folder / FILE, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return folder / FILE
 
 
 def read_lineage(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -192,7 +216,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _card(record: Mapping[str, Any], summary: str, usage: str) -> str:
+def _card(record: Mapping[str, Any]) -> str:
     """The model card: YAML front matter, then what was done, with what, and what was measured."""
     import yaml
 
@@ -201,10 +225,10 @@ def _card(record: Mapping[str, Any], summary: str, usage: str) -> str:
         front["base_model"] = record["base_model"]
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", ""]
     lines += [f"# {record['method']}" + (f" on {record['base_model']}" if record["base_model"] else ""), ""]
-    if summary:
-        lines += [summary, ""]
-    if usage:
-        lines += ["```python", usage.strip(), "```", ""]
+    if record["summary"]:
+        lines += [record["summary"], ""]
+    if record["usage"]:
+        lines += ["```python", record["usage"].strip(), "```", ""]
     hashes = record["input_sha256"]
     inputs = {name: f"{_brief(value)} (SHA-256 {hashes[name][:16]})"
               for name, value in record["inputs"].items() if name in hashes}  # fmt: skip

@@ -46,7 +46,7 @@ def editor(method: str, **hparams: Any) -> Editor:
 def edit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    facts: Fact | Iterable[Any],
+    facts: Fact | Iterable[Any] | os.PathLike[str],
     *,
     method: str | Editor = "memit",
     mode: str = "batch",
@@ -149,7 +149,7 @@ def transfer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    facts: str,
+    facts: str | os.PathLike[str],
     method: Editor,
     output: str | os.PathLike[str],
     mode: str = "batch",

@@ -1,0 +1,343 @@
+"""Recipes: strict reading, checks before any model is loaded, runs that finish or leave nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from transfuse import catalogue, recipe
+from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
+from transfuse.core.lineage import read_lineage, write_lineage
+
+
+def write(path, text):
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+class TestLoad:
+    def test_values(self, tmp_path):
+        found = recipe.load(
+            write(
+                tmp_path / "a.yaml",
+                """
+                model: smollm2-135m
+                rate: 1e-4
+                big: 2E3
+                plain: 0.5
+                count: 12
+                flag: true
+                base: &base {a: 1, b: 2}
+                more: {<<: *base, b: 3}
+                texts: [1e5x, e4, "1e4"]
+                """,
+            )
+        )
+        assert found["rate"] == 1e-4 and found["big"] == 2000.0 and type(found["big"]) is float
+        assert found["count"] == 12 and type(found["count"]) is int and found["flag"] is True
+        assert found["more"] == {"a": 1, "b": 3}
+        assert found["texts"] == ["1e5x", "e4", "1e4"]
+        assert recipe.load({"model": "m"}) == {"model": "m"}
+
+    @pytest.mark.parametrize(
+        ("text", "error", "says"),
+        [
+            ("model: a\nmodel: b\n", BadInput, "a.yaml: line 2: model = 'model' was given in line 1 already"),
+            ("method:\n  uses: x\n  with: {a: 1, b: 2, a: 3}\n", BadInput, "line 3: a"),
+            ("model: [a\n", CorruptFile, "is not YAML (line "),
+            ("a: !!python/object/apply:os.system [true]\n", CorruptFile, "is not YAML (line 1"),
+            ("- a\n- b\n", BadInput, "does not hold a mapping"),
+            ("", BadInput, "does not hold a mapping"),
+            ("a: 1\n---\nb: 2\n", CorruptFile, "another document"),
+        ],
+    )
+    def test_refused(self, tmp_path, text, error, says):
+        with pytest.raises(error, match=re.escape(says)):
+            recipe.load(write(tmp_path / "a.yaml", text))
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(BadInput, match="does not exist"):
+            recipe.load(tmp_path / "a.yaml")
+        (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00bad")
+        with pytest.raises(CorruptFile):
+            recipe.load(tmp_path / "b.yaml")
+
+
+class Toy:
+    """A method without a model.
+
+    Args:
+        rate: Step size.
+        mode: How.
+    """
+
+    def __init__(
+        self, *, rate: float = 0.1, mode: Literal["fast", "slow"] = "fast", inner: Toy | None = None
+    ):
+        self.rate, self.mode, self.inner = rate, mode, inner
+
+
+def bound(model, tokenizer, *, layers: list[int] | None = None):
+    """A method that works on a model."""
+    return ("bound", model, tokenizer, layers)
+
+
+CALLS: list[dict] = []
+
+
+def transfer(
+    model: object, tokenizer: object, *, method: object, output: Path, scratch: Path, seed: int,
+    facts: str | os.PathLike[str], rounds: int = 1,
+) -> Path:  # fmt: skip
+    """Stands for a family's function: notes its call, leaves a checkpoint, may fail.
+
+    Args:
+        facts: File of facts.
+        rounds: How often.
+    """
+    CALLS.append(
+        {"method": method, "facts": facts, "rounds": rounds, "seed": seed, "went_on": scratch.exists()}
+    )
+    if rounds == 13:
+        raise BadInput("rounds", rounds, "is unlucky", "choose another")
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "checkpoint").write_text("x")
+    if rounds == 14 and not CALLS[-1]["went_on"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rounds == 15 and not CALLS[-1]["went_on"]:
+        raise KeyboardInterrupt
+    output.mkdir(parents=True)
+    (output / "delta").write_text(Path(facts).read_text() * rounds)
+    if rounds == 7:
+        write_lineage(output, method="toy", arguments={"rate": "own"}, measurements={"recall": 1.0})
+    return output
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """Two methods of a family with a `transfer`, and a recipe that uses one."""
+    CALLS.clear()
+    monkeypatch.chdir(tmp_path)
+    family = types.ModuleType("transfuse.toys")
+    family.transfer = transfer
+    monkeypatch.setitem(sys.modules, "transfuse.toys", family)
+    empty = types.ModuleType("transfuse.mute")
+    monkeypatch.setitem(sys.modules, "transfuse.mute", empty)
+    targets = {"toy": Toy, "bound-toy": bound, "mute": Toy}
+    rest = ("", "", (), True, False, None, None, "", tmp_path, "")
+    listed = [catalogue.Method(slug, "mute" if slug == "mute" else "toys", *rest) for slug in targets]
+
+    def find(slug):
+        for method in listed:
+            if method.slug == slug.replace("_", "-"):
+                return method
+        raise BadInput("method", slug, "is not a method", "did you mean toy?")
+
+    monkeypatch.setattr(catalogue, "find", find)
+    monkeypatch.setattr(catalogue, "get", lambda slug: targets[find(slug).slug])
+    monkeypatch.setattr(catalogue, "methods", lambda: listed)
+    monkeypatch.setattr("transfuse.core.models.load", lambda spec, **options: (("model", spec), "tokenizer"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "facts.jsonl").write_text("fact;")
+    return write(
+        tmp_path / "in" / "toy.yaml",
+        """
+        model: some-model
+        method: {uses: toy, with: {rate: 1, mode: slow}}
+        facts: facts.jsonl
+        output: out/toy
+        """,
+    )
+
+
+def hidden(folder):
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")] if folder.exists() else []
+
+
+class TestCheck:
+    def test_everything_arrives(self, house):
+        job = recipe.check(house)
+        assert (job.model, job.slug, job.family, job.seed) == ("some-model", "toy", "toys", 0)
+        assert job.inputs == {"facts": house.parent / "facts.jsonl"}
+        assert job.output == Path("out/toy")
+        made = recipe.build(job.method)
+        assert (made.rate, made.mode, type(made.rate)) == (1.0, "slow", float)
+        assert not list(house.parent.parent.glob("out*"))
+
+    def test_forms_of_a_method(self, house):
+        base = {"model": "m", "facts": "in/facts.jsonl"}
+        for uses in ("toy", "toys.toy", "transfuse.toys.toy"):
+            assert recipe.check({**base, "method": uses}).method.target is Toy
+        assert recipe.check({**base, "method": {"uses": "bound_toy"}}).slug == "bound-toy"
+        nested = {"uses": "toy", "with": {"inner": {"uses": "toy", "with": {"rate": 3}}}}
+        assert recipe.build(recipe.check({**base, "method": nested}).method).inner.rate == 3.0
+
+    def test_model_methods_become_functions(self, house):
+        method = {"uses": "bound-toy", "with": {"layers": [1]}}
+        job = recipe.check({"model": "m", "facts": "in/facts.jsonl", "method": method})
+        made = recipe.build(job.method)
+        assert isinstance(made, functools.partial) and made("M", "T") == ("bound", "M", "T", [1])
+
+    def test_a_model_folder_beside_the_recipe(self, house):
+        (house.parent / "some-model").mkdir()
+        assert recipe.check(house).model == str(house.parent / "some-model")
+
+    @pytest.mark.parametrize(
+        ("change", "where", "says"),
+        [
+            (("model: some-model\n", ""), "toy.yaml: model", "is missing"),
+            (("model: some-model", "model: 3"), "toy.yaml: model", "put it in quotes"),
+            (("facts: facts.jsonl\n", ""), "toy.yaml: facts", "is missing"),
+            (("facts: facts", "fact: facts"), "toy.yaml: fact", "did you mean 'facts'?"),
+            (("facts.jsonl", "none.jsonl"), "toy.yaml: facts", "does not exist"),
+            (("output:", "ouput:"), "toy.yaml: ouput", "did you mean 'output'?"),
+            (("rate: 1", "rat: 1"), "toy.yaml: method.with.rat", "did you mean 'rate'?"),
+            (("rate: 1", "rate: fast"), "toy.yaml: method.with.rate", "is text, not a number"),
+            (("mode: slow", "mode: slwo"), "toy.yaml: method.with.mode", "did you mean 'slow'?"),
+            (("uses: toy", "uses: tay"), "toy.yaml: method.uses", "did you mean toy?"),
+            (("uses: toy", "uses: edit.toy"), "toy.yaml: method.uses", "write toys.toy"),
+            (("uses: toy", "uses: 3"), "toy.yaml: method", "names nothing to use"),
+            (("with:", "wiht:"), "toy.yaml: method.wiht", "`uses` and `with`"),
+            (("with: {rate: 1, mode: slow}", "with: 3"), "toy.yaml: method.with", "not a mapping"),
+            (
+                ("with: {rate: 1, mode: slow}", "with: {model: m}"),
+                "toy.yaml: method.with.model",
+                "not a known field",
+            ),
+            (("uses: toy", "uses: bound-toy"), "toy.yaml: method.with.rate", "known here: layers"),
+            (
+                ("rate: 1", "inner: {uses: os.system}"),
+                "toy.yaml: method.with.inner.uses",
+                "is not in transfuse",
+            ),
+            (
+                ("rate: 1", "inner: {uses: core.files.os}"),
+                "toy.yaml: method.with.inner.uses",
+                "is not public",
+            ),
+            (("rate: 1", "inner: {uses: core.data.Fact}"), "toy.yaml: method.with.inner.uses", "is a Fact"),
+            (("output: out/toy", "seed: 1.5"), "toy.yaml: seed", "not a whole number"),
+            (("output: out/toy", "tokenizer: t"), "toy.yaml: tokenizer", "not a known field"),
+            (("output: out/toy", "rounds: [1]"), "toy.yaml: rounds", "is a list, not a whole number"),
+            (("output: out/toy", "carriers: [none]"), "toy.yaml:", "transfuse compare"),
+        ],
+    )
+    def test_refusals_come_before_any_work(self, house, change, where, says):
+        text = house.read_text()
+        assert change[0] in text
+        house.write_text(text.replace(*change))
+        with pytest.raises(BadInput) as caught:
+            recipe.run(house)
+        assert caught.value.argument == where and says in str(caught.value) and "\n" not in str(caught.value)
+        assert CALLS == [] and not list(house.parent.parent.glob("out*"))
+
+    def test_a_family_without_runs(self, house):
+        house.write_text(house.read_text().replace("uses: toy, with: {rate: 1, mode: slow}", "uses: mute"))
+        with pytest.raises(NotApplicable, match="mute"):
+            recipe.check(house)
+
+
+class TestRun:
+    def test_result_and_lineage(self, house, capsys):
+        out = recipe.run(house)
+        assert out == Path("out/toy") and (out / "delta").read_text() == "fact;"
+        record = read_lineage(out)
+        assert record["method"] == "toy" and record["seed"] == 0 and record["base_model"] == "some-model"
+        assert record["arguments"] == {"rate": 1.0, "mode": "slow"}
+        assert record["run"]["inputs"]["facts"].endswith("facts.jsonl")
+        assert isinstance(CALLS[0]["method"], Toy) and CALLS[0]["seed"] == 0
+        assert hidden(Path("out")) == [] and (out / "README.md").is_file()
+        told = capsys.readouterr()
+        assert told.out == "" and "done in" in told.err
+
+    def test_own_lineage_is_kept(self, house):
+        house.write_text(house.read_text() + "rounds: 7\nseed: 5\n")
+        record = read_lineage(recipe.run(house))
+        assert record["arguments"] == {"rate": "own"} and record["measurements"] == {"recall": 1.0}
+        assert record["seed"] == 5
+
+    def test_not_done_twice(self, house, capsys):
+        recipe.run(house)
+        recipe.run(house)
+        assert len(CALLS) == 1 and "already in" in capsys.readouterr().err
+
+    def test_another_run_does_not_overwrite(self, house):
+        recipe.run(house)
+        for change in (("rate: 1", "rate: 2"), ("out/toy", "out/toy\nseed: 1"), ("some-model", "other")):
+            house.write_text(house.read_text().replace(*change))
+            with pytest.raises(BadInput, match="holds something else"):
+                recipe.run(house)
+        recipe.run(house, output="out/second")
+        (house.parent / "facts.jsonl").write_text("changed")
+        with pytest.raises(BadInput, match="holds something else"):
+            recipe.run(house, output="out/second")
+        Path("mine").mkdir()
+        Path("mine/letter").write_text("x")
+        with pytest.raises(BadInput, match="holds something else"):
+            recipe.run(house, output="mine")
+        assert Path("mine/letter").exists()
+
+    def test_errors_leave_nothing(self, house):
+        house.write_text(house.read_text() + "rounds: 13\n")
+        with pytest.raises(BadInput, match="unlucky"):
+            recipe.run(house)
+        assert not Path("out").exists()
+
+    def test_an_interrupted_run_goes_on(self, house):
+        house.write_text(house.read_text() + "rounds: 15\n")
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(house)
+        assert not Path("out/toy").exists() and len(hidden(Path("out"))) == 1
+        recipe.run(house)
+        assert CALLS[1]["went_on"] and (Path("out/toy") / "delta").read_text() == "fact;" * 15
+        assert hidden(Path("out")) == []
+
+    def test_a_killed_run_goes_on(self, house):
+        house.write_text(house.read_text() + "rounds: 14\n")
+        child = os.fork()
+        if child == 0:
+            recipe.run(house)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not Path("out/toy").exists()
+        recipe.run(house)
+        assert CALLS[-1]["went_on"] and (Path("out/toy") / "delta").read_text() == "fact;" * 14
+        assert hidden(Path("out")) == []
+
+    def test_unwritable_output(self, house):
+        Path("file").write_text("x")
+        with pytest.raises(BadInput, match="is not a folder"):
+            recipe.run(house, output="file")
+        with pytest.raises(BadInput, match="is not a folder"):
+            recipe.run(house, output="file/below")
+        assert CALLS == []
+
+
+class TestSchema:
+    def test_run_recipes(self, house):
+        schema = recipe.schema()
+        json.dumps(schema)
+        branches = schema["else"]["allOf"]
+        assert len(branches) == 2  # the family without runs is not offered
+        toy = branches[0]
+        assert toy["if"]["properties"]["method"]["properties"]["uses"]["enum"] == ["toy", "toys.toy"]
+        arguments = toy["then"]["properties"]["method"]["properties"]["with"]
+        assert arguments["properties"]["rate"] == {
+            "type": "number",
+            "default": 0.1,
+            "description": "Step size.",
+        }
+        assert arguments["properties"]["mode"]["enum"] == ["fast", "slow"]
+        assert toy["then"]["required"] == ["facts"] and "output" not in toy["then"]["properties"]
+        assert schema["else"]["properties"]["seed"]["default"] == 0
+        assert "carriers" in schema["then"]["properties"]
