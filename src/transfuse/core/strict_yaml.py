@@ -14,7 +14,7 @@ from .errors import BadInput, CorruptFile
 
 __all__ = ["load"]
 
-_EXPONENT = re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+")
+_EXPONENT = re.compile(r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
