@@ -154,12 +154,11 @@ def jsonable(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of Python, transfuse and the libraries under it that are installed; imports none of them."""
-    from .. import __version__
-
-    found = {"python": platform.python_version(), "transfuse": __version__}
-    for package in _PACKAGES:
+    package = sys.modules[__name__.partition(".")[0]]
+    found = {"python": platform.python_version(), "transfuse": package.__version__}
+    for name in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found
