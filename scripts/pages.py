@@ -75,22 +75,22 @@ def evidence(method: Method) -> str:
     record = catalogue.record(method.slug)
     if record is None:
         return f"Not measured yet: `transfuse evidence {method.slug}`."
-    parts = ["**Claim.** " + plain(" ".join(str(record.get("claim", "")).split()))]
+    parts = ["**Claim.** " + plain(record["claim"])]
     for tier in TIERS:
         found = record.get("tiers", {}).get(tier)
         parts.append(f"### {tier}: {method.evidence[tier]}")
         if not found:
             parts.append(f"`transfuse evidence {method.slug}{' --full' if tier == 'full' else ''}`")
             continue
-        parts.append(f"Rule: `{found['rule']}`")
+        parts.append(f"Rule: `{' '.join(found['rule'].split())}`")
         parts.append(figures(found.get("seeds", [])))
         hardware = found.get("hardware", {})
         machine = ", ".join(
             [str(hardware.get("cpu", "")), f"{hardware.get('cores', '?')} cores", *hardware.get("gpus", [])]
         )
         parts.append(f"{found.get('seconds', 0):.0f} s on {machine}; {made_with(found.get('versions', {}))}.")
-        if found.get("notes"):
-            parts.append("Notes: " + plain(" ".join(str(found["notes"]).split())))
+    if record.get("notes"):
+        parts.append("**Notes.** " + plain(record["notes"]))
     return "\n\n".join(parts)
 
 
@@ -98,7 +98,7 @@ def figures(seeds: list[dict[str, Any]]) -> str:
     """Mean over seeds of every metric of every arm; the range where seeds differ."""
     arms: dict[str, dict[str, list[float]]] = {}
     for seed in seeds:
-        for arm, metrics in seed["metrics"].items():
+        for arm, metrics in seed["arms"].items():
             for name, value in metrics.items():
                 if value is not None:
                     arms.setdefault(arm, {}).setdefault(name, []).append(float(value))

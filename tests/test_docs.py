@@ -53,7 +53,7 @@ def test_prose_is_not_read_as_markdown():
 
 def test_figures_of_a_record():
     pages = runpy.run_path(str(ROOT / "scripts" / "pages.py"))
-    seeds = [{"metrics": {"rome": {"success": value, "exact": 1.0}}} for value in (0.5, 1.0)]
+    seeds = [{"arms": {"rome": {"success": value, "exact": 1.0}}} for value in (0.5, 1.0)]
     assert pages["figures"](seeds).splitlines()[-1] == "| rome | 0.75 (0.5 to 1) | 1 |"
 
 

@@ -290,7 +290,8 @@ def _front_matter(path: Path, place: str) -> tuple[str, dict[str, str], str]:
                 f"{place}: docstring", line, "is not a field", "write `:name: value` lines, then a blank line"
             )
         position += 1
-    return title, fields, "\n".join(lines[position:]).strip()
+    body = re.sub(r"[ \t]*# doctest: \+SKIP", "", "\n".join(lines[position:]))
+    return title, fields, body.strip()
 
 
 def _yes(fields: dict[str, str], name: str, place: str) -> bool:

@@ -181,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # how typer passes an interruption on; older versions raise Abort
+            return _interrupted()
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _interrupted()
@@ -192,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), error.exit_code)
     except Exception as error:
-        if type(error).__name__ == "Abort":  # how typer passes an interruption on
+        if type(error).__name__ == "Abort":
             return _interrupted()
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error)

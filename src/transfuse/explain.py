@@ -17,6 +17,7 @@ from .core.errors import BadInput
 __all__ = ["Parameter", "Signature", "page", "recipe", "signature"]
 
 _NOT_LITERAL = object()
+SUPPLIED = ("model", "tokenizer", "method", "output", "scratch", "seed")  # as in transfuse.recipe
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,17 @@ def evidence_lines(method: Method) -> list[str]:
     verdicts = method.evidence
     for tier in catalogue.TIERS:
         found = record.get("tiers", {}).get(tier)
-        rule = f"; rule: {found['rule']}" if found and found.get("rule") else ""
-        lines.append(f"{tier}: {verdicts[tier]}{rule}")
+        lines.append(
+            f"{tier}: {verdicts[tier]}" + (f"; rule: {' '.join(found['rule'].split())}" if found else "")
+        )
     return lines
 
 
 def recipe(slug: str) -> str:
-    """A recipe with every default, each under a comment that says what it is.
+    """A recipe for `transfuse run` with every default, each under a comment that says what it is.
+
+    A family that has no `transfer` function has no single run; the method and its arguments are then shown as
+    they stand in other recipes.
 
     Raises:
         BadInput: there is no such method.
@@ -93,17 +98,44 @@ def recipe(slug: str) -> str:
     lines = [f"# {method.title}", f"# moves: {method.moves}"]
     if method.arxiv:
         lines.append(f"# paper: https://arxiv.org/abs/{method.arxiv}")
-    lines += [f"uses: {method.slug}", "with:" if found.parameters else "with: {}"]
-    for parameter in found.parameters:
-        lines += [f"  # {line}" for line in textwrap.wrap(parameter.text, 100)]
-        value = None if parameter.default is None else _literal(parameter.default)
-        if parameter.default is None:
-            lines.append(f"  {parameter.name}:  # required: {parameter.annotation}")
-        elif value is _NOT_LITERAL:
-            lines.append(f"  # {parameter.name}: {parameter.default}  # {parameter.annotation}")
-        else:
-            lines.append(f"  {parameter.name}: {_yaml(value)}  # {parameter.annotation}")
-    return "\n".join(lines)
+    own = [p for p in found.parameters if p.name not in ("model", "tokenizer")]
+    node = [f"uses: {method.slug}", *_block("with", [line for p in own for line in _entry(p)])]
+    family = _transfer(method)
+    if family is None:
+        return "\n".join(
+            [*lines, f"# no single run: call {found.name} from Python, or use it in a comparison", *node]
+        )
+    lines += ["# a reference model (transfuse models), a folder, or a hub id", "model: smollm2-135m"]
+    lines += _block("method", node)
+    for parameter in family:
+        lines += _entry(parameter)
+    return "\n".join([*lines, f"output: runs/{method.slug}", "seed: 0"])
+
+
+def _block(key: str, lines: list[str]) -> list[str]:
+    return [f"{key}:", *("  " + line for line in lines)] if lines else [f"{key}: {{}}"]
+
+
+def _entry(parameter: Parameter) -> list[str]:
+    """A parameter as YAML: its text as a comment, then its default, or nothing where it must be filled in."""
+    lines = [f"# {line}" for line in textwrap.wrap(parameter.text, 90)]
+    if parameter.default is None:
+        return [*lines, f"{parameter.name}:  # required: {parameter.annotation}"]
+    value = _literal(parameter.default)
+    if value is _NOT_LITERAL:
+        return [*lines, f"# {parameter.name}: {parameter.default}  # {parameter.annotation}"]
+    return [*lines, f"{parameter.name}: {_yaml(value)}  # {parameter.annotation}"]
+
+
+def _transfer(method: Method) -> list[Parameter] | None:
+    """What the family's `transfer` asks for besides what `transfuse run` supplies; None if it has none."""
+    path = method.path.with_name("__init__.py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    node = _definition(tree, "transfer")
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    found = _of_function(node, ast.get_docstring(node) or "", tree)
+    return [parameter for parameter in found if parameter.name not in SUPPLIED]
 
 
 def signature(method: Method) -> Signature:
@@ -162,7 +194,7 @@ def _of_class(node: ast.ClassDef, tree: ast.Module, path: Path) -> list[Paramete
     own = [
         Parameter(
             item.target.id,
-            ast.unparse(item.annotation),
+            _source(item.annotation, tree),
             None if item.value is None else _source(item.value, tree),
             described.get(item.target.id, ""),
         )
@@ -205,7 +237,7 @@ def _of_function(node: ast.FunctionDef, docstring: str, tree: ast.Module) -> lis
     return [
         Parameter(
             argument.arg,
-            ast.unparse(argument.annotation) if argument.annotation else "Any",
+            _source(argument.annotation, tree) if argument.annotation else "Any",
             None if default is None else _source(default, tree),
             described.get(argument.arg, ""),
         )
@@ -215,7 +247,7 @@ def _of_function(node: ast.FunctionDef, docstring: str, tree: ast.Module) -> lis
 
 
 def _source(node: ast.expr, tree: ast.Module) -> str:
-    """A default as written; a constant of the module as its value."""
+    """An expression as written; a constant or alias of the module as its value."""
     if isinstance(node, ast.Name):
         for item in tree.body:
             if isinstance(item, ast.Assign) and any(

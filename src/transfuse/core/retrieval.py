@@ -20,7 +20,7 @@ from .errors import BadInput, CorruptFile
 from .extras import require
 from .files import atomic_write, check_writable, disk_guard, locked, sha256_json
 
-__all__ = ["BM25", "Answer", "Hit", "Retriever", "VectorIndex"]
+__all__ = ["BM25", "Answer", "Hit", "Retriever", "VectorIndex", "passage_text"]
 
 EXACT_BELOW = 50_000
 """Up to this many documents every vector is compared; above, LanceDB builds an inverted-file index."""
@@ -85,7 +85,8 @@ def _check_query(queries: Sequence[str], k: int, available: int) -> list[str]:
     return list(queries)
 
 
-def _passage(document: Document) -> str:
+def passage_text(document: Document) -> str:
+    """Title and text as one passage, the title on a line of its own."""
     return f"{document.title}\n{document.text}" if document.title else document.text
 
 
@@ -112,7 +113,7 @@ class BM25:
         self.documents = _checked(documents)
         self._library = require("bm25s", extra="retrieve")
         self._stopwords: str | list[str] = stopwords or []
-        tokens = self._tokens([_passage(document) for document in self.documents])
+        tokens = self._tokens([passage_text(document) for document in self.documents])
         if not any(tokens):
             raise BadInput(
                 "documents", len(self.documents), "hold nothing but stop words", "pass stopwords=None"
@@ -213,7 +214,7 @@ class VectorIndex:
     def _create(self, base: Any) -> Any:
         import pyarrow
 
-        vectors = self._encode([_passage(document) for document in self.documents])
+        vectors = self._encode([passage_text(document) for document in self.documents])
         table = pyarrow.table(
             {
                 "row": pyarrow.array(np.arange(len(vectors))),
@@ -225,9 +226,8 @@ class VectorIndex:
         base.drop_table(_TABLE, ignore_missing=True)  # left by a process that was killed while indexing
         made = base.create_table(_TABLE, data=table)
         if len(vectors) >= EXACT_BELOW:
-            from lancedb.index import IvfFlat
-
-            made.create_index("vector", config=IvfFlat(distance_type="cosine"))
+            flat = require("lancedb.index", extra="retrieve").IvfFlat(distance_type="cosine")
+            made.create_index("vector", config=flat)
         return made
 
     def _open_or_create(self, folder: Path) -> Any:
