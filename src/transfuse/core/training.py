@@ -68,6 +68,7 @@ def optimise(
     optimizer: Literal["adam", "adamw", "sgd"] = "adam",
     weight_decay: float = 0.0,
     stop_below: float | None = None,
+    patience: int = 1,
     after_step: Callable[[], None] | None = None,
 ) -> list[float]:
     """Minimise a closure over a few tensors in place: the inner problem of an editor, not a training run.
@@ -82,7 +83,9 @@ def optimise(
         steps: Most updates made.
         optimizer: Update rule, with torch's defaults besides `lr` and `weight_decay`.
         weight_decay: As that optimizer defines it (decoupled for adamw).
-        stop_below: Stop, before updating, once the loss is below this value.
+        stop_below: A loss below this value is not followed by an update.
+        patience: Stop at that many such losses in a row: 1, or the number of mini-batches where the closure
+            takes them in turn.
         after_step: Called after each update under `torch.no_grad()`: a projection or a clamp.
 
     Returns:
@@ -103,13 +106,18 @@ def optimise(
         )
     rule = rules[optimizer](wanted, lr=lr, weight_decay=weight_decay)
     losses: list[float] = []
+    low = 0
     try:
         for step in range(steps):
             with torch.enable_grad():
                 loss = loss_fn()
             losses.append(check_finite(loss, step, lr))
             if stop_below is not None and losses[-1] < stop_below:
-                break
+                low += 1
+                if low >= patience:
+                    break
+                continue
+            low = 0
             if not loss.requires_grad:
                 raise BadInput(
                     "loss_fn", "its loss", "does not depend on the parameters", "use them in the closure"
