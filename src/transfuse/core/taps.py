@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from .errors import BadInput
 
-__all__ = ["Stopped", "capture", "decoder_layers", "match", "replace", "replay"]
+__all__ = ["Stopped", "capture", "decoder_layers", "match", "replace", "replay", "watch"]
 
 
 class Stopped(Exception):
@@ -178,6 +179,21 @@ def replace(
                     handle = module.register_forward_hook(post)
                 stack.callback(handle.remove)
         yield
+
+
+@contextlib.contextmanager
+def watch(module: nn.Module, function: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Call `function` with the arguments of every forward pass of `module`, by name, before the pass runs."""
+    signature = inspect.signature(module.forward)
+
+    def pre(module: nn.Module, args: Any, kwargs: Any) -> None:
+        function(dict(signature.bind_partial(*args, **kwargs).arguments))
+
+    handle = module.register_forward_pre_hook(pre, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Skip(nn.Module):
