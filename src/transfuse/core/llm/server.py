@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +88,11 @@ class OpenAICompatible(Backend):
             return self._read(self._send(row.messages, body), options)
         except self._openai.OpenAIError as error:
             raise self._explained(error) from error
+        except json.JSONDecodeError as error:
+            raise self._no_protocol() from error
+
+    def _no_protocol(self) -> Unavailable:
+        return Unavailable(f"{self.base_url} does not speak the chat protocol; check base_url")
 
     def _send(self, messages: Messages, body: dict[str, Any]) -> Any:
         create = self._client.chat.completions.create
@@ -118,9 +124,7 @@ class OpenAICompatible(Backend):
 
     def _read(self, response: Any, options: Options) -> Completion:
         if not getattr(response, "choices", None):
-            raise Unavailable(
-                f"{self.base_url} answered without choices; it does not speak the chat protocol"
-            )
+            raise self._no_protocol()
         choice, usage = response.choices[0], response.usage
         return completion(
             choice.message.content or "",
