@@ -17,6 +17,7 @@ TIER ?= quick
 
 .PHONY: help demo test lint type pytest evidence bench docs readme new-method clean
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         compare eight ways to give a small model new facts; report in $(OUTPUT)"
@@ -73,7 +74,7 @@ evidence: $(USER_READY)
 	  $(BIN)/transfuse evidence $$slug $(if $(filter full,$(TIER)),--full) || exit $$?; done
 
 bench: $(DEV_READY)
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit $$?; done
+	@for file in $(wildcard benchmarks/[!_]*.py); do echo "== $$file"; $(BIN)/python $$file || exit $$?; done
 
 docs: $(DEV_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
