@@ -1,17 +1,19 @@
-"""Where editors write: blocks by depth, their MLP's down-projection, and a model held still while they work."""
+"""What editors share beside their contract: layers by depth, encoded facts, checked numbers, a model held still."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.data import Fact
 from ..core.errors import BadInput
+from ..core.generate import check_length, encode_pair
 from ..core.taps import decoder_layers
 
-__all__ = ["block_name", "depth", "down_projection", "hidden_size", "still"]
+__all__ = ["block_name", "check_number", "depth", "down_projection", "encode_facts", "still"]
 
 # The MLP's second linear map, as the architectures of transformers call it inside a block.
 _DOWN = (
@@ -46,26 +48,28 @@ def block_name(model: PreTrainedModel, layer: int) -> str:
     return decoder_layers(model)[layer]
 
 
-def down_projection(model: PreTrainedModel, layer: int) -> str:
+def down_projection(model: PreTrainedModel, layer: int, module: str | None = None) -> str:
     """Name of the module that is the MLP's down-projection in block `layer`.
 
+    Args:
+        model: A decoder.
+        layer: Index of the block.
+        module: Its name inside the block, where it is not one of the usual names.
+
     Raises:
-        BadInput: the block has no dense MLP under a known name.
+        BadInput: the block has no such linear map.
     """
     block = block_name(model, layer)
     inner = dict(model.get_submodule(block).named_modules())
-    for name in _DOWN:
-        if isinstance(getattr(inner.get(name), "weight", None), torch.Tensor):
+    linear = [n for n, m in inner.items() if isinstance(getattr(m, "weight", None), torch.Tensor)]
+    linear = [n for n in linear if inner[n].weight.dim() == 2]
+    for name in (module,) if module is not None else _DOWN:
+        if name in linear:
             return f"{block}.{name}"
     raise BadInput(
-        "model", type(model).__name__, f"has no dense MLP down-projection in {block}",
-        "choose a model with one of " + ", ".join(_DOWN),
+        "module", module, f"names no MLP down-projection of {type(model).__name__}",
+        f"give module=..., one of {', '.join(linear)}",
     )  # fmt: skip
-
-
-def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the residual stream."""
-    return int(model.config.get_text_config().hidden_size)
 
 
 @contextlib.contextmanager
@@ -78,3 +82,30 @@ def still(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def encode_facts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, target ids) of each fact, in order.
+
+    Raises:
+        BadInput: a fact is longer than the model's positions; the record is named.
+    """
+    pairs = [encode_pair(tokenizer, fact.prompt, fact.target) for fact in facts]
+    for i, (fact, (prompt, target)) in enumerate(zip(facts, pairs)):
+        check_length(model, len(prompt) + len(target), f"facts[{i}] ({fact.label})")
+    return pairs
+
+
+def check_number(argument: str, value: float, *, least: float, above: bool = False) -> None:
+    """Refuse a hyperparameter below `least` (or equal to it, with `above`), NaN included.
+
+    Raises:
+        BadInput: with the argument's name and the allowed range.
+    """
+    good = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not (good and (value > least if above else value >= least)):
+        raise BadInput(
+            argument, value, "is out of range", f"give a number {'above' if above else 'of at least'} {least}"
+        )
