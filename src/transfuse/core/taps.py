@@ -75,7 +75,7 @@ def capture(
     inputs: bool = False,
     grad: bool = False,
     stop: bool = False,
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[_Store]:
     """Record the output (or first input) of the matching modules at their latest call.
 
     Args:

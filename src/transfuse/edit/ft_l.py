@@ -82,11 +82,14 @@ class FTL(FineTune):
     def check(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
     ) -> None:
+        """Refuse facts, weights and hyperparameters that cannot work."""
         check_number("eps", self.eps, least=0, above=True)
         super().check(model, tokenizer, facts)
 
     def loss(self, logits: torch.Tensor, targets: Sequence[Sequence[int]]) -> torch.Tensor:
+        """`last_position_loss` at the last of the positions in `logits`."""
         return last_position_loss(logits[:, -1], targets)
 
     def bounds(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The box |W - W0|_inf <= eps."""
         return box(weight, self.eps)

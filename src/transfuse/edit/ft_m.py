@@ -75,4 +75,5 @@ class FTM(FineTune):
         super().__init__(layer=layer, lr=lr, steps=steps, stop_below=stop_below, batch_size=batch_size)
 
     def loss(self, logits: torch.Tensor, targets: Sequence[Sequence[int]]) -> torch.Tensor:
+        """`target_loss`."""
         return target_loss(logits, targets)
