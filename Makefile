@@ -60,6 +60,7 @@ test: lint type pytest
 
 lint: $(DEV_READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 type: $(DEV_READY)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,3 +158,49 @@ def test_every_folder_of_the_package_is_known():
 
     folders = {f.name for f in PACKAGE.iterdir() if (f / "__init__.py").is_file()}
     assert folders - NOT_FAMILIES == set(catalogue.families())
+
+
+def undocumented(module) -> list[str]:
+    """Public functions, classes and methods of a module that have no text of their own or inherited."""
+    found = []
+    for name in getattr(module, "__all__", []):
+        value = getattr(module, name)
+        if getattr(value, "__module__", None) != module.__name__:
+            continue
+        if (inspect.isclass(value) or inspect.isfunction(value)) and not inspect.getdoc(value):
+            found.append(f"{module.__name__}.{name}")
+        for member, attribute in vars(value).items() if inspect.isclass(value) else ():
+            kinds = (property, classmethod, staticmethod)
+            if member[0] == "_" or not (isinstance(attribute, kinds) or inspect.isfunction(attribute)):
+                continue
+            if not any(getattr(vars(base).get(member), "__doc__", None) for base in value.__mro__):
+                found.append(f"{module.__name__}.{name}.{member}")
+    return found
+
+
+def test_public_names_exist_and_are_documented():
+    names = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "transfuse.")]
+    missing = [entry for name in names for entry in undocumented(importlib.import_module(name))]
+    assert not missing, "\n" + "\n".join(missing)
+
+
+def test_an_undocumented_method_is_seen():
+    class Base:
+        """B."""
+
+        def said(self):
+            """Said."""
+
+    class Thing(Base):
+        """T."""
+
+        def said(self):
+            return 1
+
+        def unsaid(self):
+            return 2
+
+    module = type(importlib)("made_up")
+    Thing.__module__ = "made_up"
+    module.Thing, module.__all__ = Thing, ["Thing"]
+    assert undocumented(module) == ["made_up.Thing.unsaid"]
