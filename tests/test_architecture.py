@@ -164,7 +164,9 @@ def undocumented(module) -> list[str]:
     """Public functions, classes and methods of a module that have no text of their own or inherited."""
     found = []
     for name in getattr(module, "__all__", []):
-        value = getattr(module, name)
+        value = getattr(module, name, undocumented)
+        if value is undocumented:
+            found.append(f"{module.__name__}.{name} is in __all__ and nowhere else")
         if getattr(value, "__module__", None) != module.__name__:
             continue
         if (inspect.isclass(value) or inspect.isfunction(value)) and not inspect.getdoc(value):
