@@ -180,19 +180,24 @@ def test_stop_runs_nothing_above(tiny_lm):
     assert torch.equal(seen["model.layers.1"], full[2])
 
 
-def test_stop_of_an_outer_capture_ends_only_the_outer_block(tiny_lm):
+def test_stop_ends_only_passes_of_its_own_run(tiny_lm):
     model = tiny_lm("llama")
-    reached = []
-    with capture(model, "model.layers.0", stop=True) as outer:
-        with capture(model, "model.layers.3", stop=True) as inner:
-            inner.run(**batch_of())
-            reached.append("inner")
-        reached.append("outer")
-    assert "model.layers.0" in outer and not inner and not reached
-    with capture(model, "model.layers.0", stop=True) as seen:
-        model(**batch_of())  # without `run`, the with block ends here
-        reached.append("plain")
-    assert "model.layers.0" in seen and not reached and hooks(model) == 0
+    with capture(model, "model.layers.0", stop=True) as low, capture(model, "model.layers.3", stop=True) as high:
+        assert low.run(**batch_of()) is None
+        assert set(low) == {"model.layers.0"} and not high
+        assert high.run(**batch_of()) is None  # the lower one does not end it
+        assert set(high) == {"model.layers.3"}
+        assert model(**batch_of()).logits.shape == (3, 9, 400)  # a plain call runs to its end
+    assert hooks(model) == 0
+
+
+def test_stop_with_nothing_left_to_see_ends_again_after_an_error(tiny_lm):
+    model = tiny_lm("llama")
+    with capture(model, "model.layers.1", stop=True) as seen:
+        with pytest.raises(Exception, match=".*"):
+            seen.run(input_ids="no tensor")
+        assert model(**batch_of()).logits.shape == (3, 9, 400)
+        assert seen.run(**batch_of()) is None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -22,7 +22,7 @@ __all__ = ["Stopped", "capture", "decoder_layers", "match", "replace", "replay",
 
 
 class Stopped(Exception):
-    """Ends a forward pass once everything asked for was seen; never leaves the `capture` that raised it."""
+    """Ends a forward pass once everything asked for was seen; never leaves the `run` that it belongs to."""
 
 
 def match(model: nn.Module, pattern: str) -> list[str]:
@@ -83,9 +83,8 @@ def capture(
         patterns: Module names or wildcards (`model.layers.*.mlp`).
         inputs: Record the first positional input instead of the output.
         grad: Keep the graph; tensors are detached otherwise.
-        stop: End the forward pass as soon as all matching modules were called once: layers above cost
-            nothing. The model's own output is then not available: run it through `store.run(**batch)`
-            (a plain call of the model ends the `with` block instead).
+        stop: End a pass made by `store.run(**batch)` as soon as all matching modules were called once: layers
+            above cost nothing, and the model's own output is not available. Plain calls run to their end.
 
     Yields:
         A dict, module name -> tensor as the module saw it (of a tuple, the first element). It also has
@@ -100,7 +99,7 @@ def capture(
         if isinstance(value, tuple):
             store.tuples.add(name)
         store.waiting.discard(name)
-        if stop and not store.waiting:
+        if stop and store.running and not store.waiting:
             raise Stopped(store)
 
     def hook(name: str) -> Callable[..., None]:
@@ -117,11 +116,7 @@ def capture(
                 else module.register_forward_hook(hook(name))
             )
             stack.callback(handle.remove)
-        try:
-            yield store
-        except Stopped as end:
-            if end.args[0] is not store:
-                raise
+        yield store
 
 
 class _Store(dict[str, torch.Tensor]):
@@ -131,17 +126,21 @@ class _Store(dict[str, torch.Tensor]):
         super().__init__()
         self.model, self.names = model, list(names)
         self.waiting = set(names)
+        self.running = False
         self.tuples: set[str] = set()
 
     def run(self, **batch: Any) -> Any:
         """Call the model on `batch`; returns its output, or None when the pass ended early."""
         self.waiting.update(self.names)
+        self.running = True
         try:
             return self.model(**batch)
         except Stopped as end:
-            if end.args[0] is not self:  # a capture around this one has seen all it wanted
+            if end.args[0] is not self:
                 raise
             return None
+        finally:
+            self.running = False
 
 
 @contextlib.contextmanager

@@ -1,0 +1,383 @@
+"""Value search of ROME and MEMIT: the MLP output at the subject that makes a model say the target.
+
+Three things keep it cheap, without changing what is computed:
+
+- blocks up to the edited one run once; their result is cached and replayed,
+- in the blocks above, tokens before the subject's last one cannot see the change (attention is causal): their
+  keys and values are computed once, and each step runs the few tokens from the subject on,
+- several facts share a batch, each with its own vector, its own loss and its own end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..core.data import Fact
+from ..core.errors import BadInput
+from ..core.taps import capture, decoder_layers, replace, replay
+from ..core.training import optimise
+from ._contexts import Chunk, Row, essence_row, lay_out, rows_of
+from ._layers import check_number, still
+from ._sites import Site
+
+__all__ = ["Found", "Objective", "editing", "search"]
+
+_PROBE = 64.0  # large beside the rounding of a bf16 residual stream
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the search minimises, and how.
+
+    Attributes:
+        lr: Adam's learning rate.
+        steps: Most updates.
+        weight_decay: Weight of ||delta|| / ||v0||^2.
+        kl_factor: Weight of KL(p0 || p) on "{subject} is a" at the subject.
+        clamp: ||delta|| <= clamp ||v0|| after each update.
+        stop_below: A fact is finished when its loss is below this.
+    """
+
+    lr: float
+    steps: int
+    weight_decay: float
+    kl_factor: float
+    clamp: float
+    stop_below: float
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            BadInput: a value out of its range; the argument is named.
+        """
+        for name, value in asdict(self).items():
+            check_number(name, value, least=0, above=name in ("lr", "clamp"))
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise BadInput("steps", self.steps, "is not a number of updates", "give 1 or more")
+
+
+@contextlib.contextmanager
+def editing(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, and no parameter that asks for a gradient; both put back at the end."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    with still(model):
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a search over E facts; vectors are float32 (float64 for a float64 model).
+
+    Attributes:
+        start: v0, the down-projection's output at the subject of the bare prompt, `[E, d]`.
+        delta: What to add to it, `[E, d]`.
+        keys: Mean over the contexts of the key at `key_site`, `[E, m]`.
+        losses: Loss at each fact's last evaluation, `[E]`.
+        steps: Updates each fact took, int64 `[E]`.
+        chunk: The context rows up to the subject, the bare prompt first for each fact.
+        hidden: Input of `key_site`'s block on those rows, `[B, T, d]`.
+        tupled: The model's blocks return tuples.
+    """
+
+    start: torch.Tensor
+    delta: torch.Tensor
+    keys: torch.Tensor
+    losses: torch.Tensor
+    steps: torch.Tensor
+    chunk: Chunk
+    hidden: torch.Tensor
+    tupled: bool
+
+
+def search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    site: Site,
+    key_site: Site,
+    *,
+    prefixes: Sequence[str],
+    objective: Objective,
+) -> Found:
+    """For each fact, the delta with which `v0 + delta` at `site`, at the subject's end, yields the target.
+
+    delta minimises, by Adam from 0, the mean over contexts of the target tokens' mean negative log-likelihood
+    + kl_factor KL(p0 || p) + weight_decay ||delta|| / ||v0||^2. After each step, ||delta|| <= clamp ||v0||.
+
+    Args:
+        model: Inside `editing`.
+        tokenizer: Its tokenizer.
+        facts: E facts, searched in one batch; the result of each is that of a batch of one.
+        site: Where the value goes.
+        key_site: Where keys are collected; a block at or below `site`.
+        prefixes: Contexts; the first must be "".
+        objective: Loss and limits.
+
+    Raises:
+        TrainingDiverged: a loss or gradient is not finite.
+    """
+    rows: list[Row] = []
+    owner: list[int] = []
+    for number, fact in enumerate(facts):
+        contexts = rows_of(tokenizer, fact, prefixes)
+        rows += contexts
+        owner += [number] * len(contexts)
+    count = len(rows)
+    rows += [essence_row(tokenizer, fact) for fact in facts]
+    owner += range(len(facts))
+    chunk = lay_out(model, tokenizer, rows, owner)
+    with (
+        torch.no_grad(),
+        capture(model, [site.block, key_site.block, key_site.module], inputs=True) as ins,
+        capture(model, [site.module, site.block], stop=True) as outs,
+    ):
+        outs.run(**chunk.inputs(), use_cache=False)
+    wide = torch.promote_types(outs[site.module].dtype, torch.float32)
+    bare = torch.arange(0, count, len(prefixes), device=chunk.ids.device)
+    start = outs[site.module][bare, chunk.cut].to(wide)
+    keys = ins[key_site.module][:count, chunk.cut].to(wide).unflatten(0, (len(facts), -1)).mean(1)
+    upper = _upper(model, chunk, site, ins[site.block], outs)
+    task = _Task(upper, rows, owner, start, objective)
+    task.minimise()
+    before = chunk.select(torch.arange(count, device=bare.device), columns=slice(0, chunk.cut + 1))
+    hidden = ins[key_site.block][:count, : chunk.cut + 1]
+    delta = task.delta.detach()
+    return Found(start, delta, keys, task.losses, task.steps, before, hidden, upper.tupled)
+
+
+@dataclass(frozen=True)
+class _Upper:
+    """The part of the model that a value can change, on the columns from the subject on.
+
+    Attributes:
+        model: The model.
+        chunk: Whole rows.
+        layer: First block to run.
+        index: Its number.
+        inside: Name of the down-projection the value is added to, or None where it is added to `hidden`.
+        hidden: Input of that block from column `cut` on, `[B, S, d]`.
+        past: Keys and values of the earlier columns for the blocks from `index` on; empty without any.
+        tupled: Blocks return tuples.
+    """
+
+    model: PreTrainedModel
+    chunk: Chunk
+    layer: str
+    index: int
+    inside: str | None
+    hidden: torch.Tensor
+    past: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    tupled: bool
+
+    def select(self, rows: torch.Tensor) -> _Upper:
+        """The same for some of the rows."""
+        past = tuple((k[rows], v[rows]) for k, v in self.past)
+        return _Upper(
+            self.model, self.chunk.select(rows), self.layer, self.index, self.inside, self.hidden[rows], past,
+            self.tupled,
+        )  # fmt: skip
+
+    def logits(self, change: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` at (rows, columns), int64 `[N]`; `change` `[B, d]` is added at the subject."""
+
+        def add(value: torch.Tensor) -> torch.Tensor:
+            first = (value[:, 0] + change).to(value.dtype)
+            return torch.cat([first[:, None], value[:, 1:]], 1)
+
+        hidden = self.hidden if self.inside else add(self.hidden)
+        changes = {self.inside: add} if self.inside else {}
+        cut = self.chunk.cut
+        past = DynamicCache()
+        if self.past:
+            for i in range(self.index):  # skipped blocks, whose entries only tell the mask its length
+                past.update(*self.past[0], i)
+            for i, pair in enumerate(self.past, self.index):
+                past.update(*pair, i)
+        with (
+            replay(self.model, self.layer, hidden, tupled=self.tupled),
+            replace(self.model, changes),
+            _head_on(self.model, lambda h: h[rows, columns][None]),
+        ):
+            out = self.model(
+                input_ids=self.chunk.ids[:, cut:],
+                attention_mask=self.chunk.mask,
+                position_ids=self.chunk.positions[:, cut:],
+                past_key_values=past,
+                use_cache=True,
+            )
+        return out.logits[0]
+
+
+@contextlib.contextmanager
+def _head_on(model: PreTrainedModel, pick: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Apply the output embedding to `pick(hidden states)` only: logits are the dearest tensor of all."""
+    head = model.get_output_embeddings()
+    name = next((n for n, m in model.named_modules() if m is head), None)
+    if name is None:
+        raise BadInput(
+            "model", type(model).__name__, "has no output embedding", "give a causal language model"
+        )
+    with replace(model, {name: pick}, inputs=True):
+        yield
+
+
+@torch.no_grad()
+def _upper(
+    model: PreTrainedModel,
+    chunk: Chunk,
+    site: Site,
+    entered: torch.Tensor,
+    outs: dict[str, torch.Tensor],
+) -> _Upper:
+    """Cache what every step shares. `entered` is the input of the site's block, `outs` its outputs."""
+    blocks = decoder_layers(model)
+    tupled = site.block in outs.tuples  # type: ignore[attr-defined]
+    above = site.index + 1 < len(blocks) and _additive(model, chunk, site, entered, outs, tupled)
+    index = site.index + above
+    hidden, cut = outs[site.block] if above else entered, chunk.cut
+    past: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    if cut:
+        cache = DynamicCache()
+        with (
+            replay(model, blocks[index], hidden[:, :cut], tupled=tupled),
+            _head_on(model, lambda h: h[:1, :1]),
+        ):
+            model(
+                input_ids=chunk.ids[:, :cut],
+                attention_mask=chunk.mask[:, :cut],
+                position_ids=chunk.positions[:, :cut],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        past = tuple((layer.keys, layer.values) for layer in cache.layers[index:])
+    inside = None if above else site.module
+    return _Upper(model, chunk, blocks[index], index, inside, hidden[:, cut:], past, tupled)
+
+
+def _additive(
+    model: PreTrainedModel,
+    chunk: Chunk,
+    site: Site,
+    entered: torch.Tensor,
+    outs: dict[str, torch.Tensor],
+    tupled: bool,
+) -> bool:
+    """Whether what is added to the down-projection's output is added to the block's output: tried on one row.
+
+    It is not where the MLP's output is normalised or scaled (gemma3, olmo2, granite).
+    """
+    row = chunk.select(torch.tensor([len(chunk.ids) - 1], device=chunk.ids.device))
+    with (
+        replay(model, site.block, entered[-1:], tupled=tupled),
+        replace(model, {site.module: lambda value: (1 + _PROBE) * value}),
+        capture(model, site.block, stop=True) as seen,
+    ):
+        seen.run(**row.inputs(), use_cache=False)
+    change = (seen[site.block] - outs[site.block][-1:])[0, chunk.cut].float()
+    wanted = _PROBE * outs[site.module][-1, chunk.cut].float()
+    return bool((change - wanted).norm() <= 0.05 * wanted.norm())
+
+
+class _Task:
+    """Minimises each fact's loss over its own row of `delta`; a finished fact leaves the batch."""
+
+    def __init__(
+        self, upper: _Upper, rows: Sequence[Row], owner: Sequence[int], start: torch.Tensor, how: Objective
+    ):
+        self.upper, self.start, self.how = upper, start, how
+        self.count = len(start)
+        device = start.device
+        self.delta = torch.zeros_like(start, requires_grad=True)
+        self.kept = torch.zeros_like(start)
+        self.active = torch.ones(self.count, dtype=torch.bool, device=device)
+        self.losses = torch.zeros(self.count, dtype=start.dtype, device=device)
+        self.steps = torch.zeros(self.count, dtype=torch.long, device=device)
+        self.norms = start.norm(dim=1)
+        self.before: torch.Tensor | None = None
+        # One line per scored position: row, column from the subject on, gold token (-1 for the KL), fact.
+        table, shares = [], []
+        contexts = (len(rows) - self.count) // self.count
+        for number, (row, fact) in enumerate(zip(rows, owner, strict=True)):
+            if not row.answer:
+                table.append((number, 0, -1, fact))
+                shares.append(0.0)
+            first = len(row.ids) - len(row.answer) - row.position
+            for k, token in enumerate(row.answer):
+                table.append((number, first + k, token, fact))
+                shares.append(1 / (len(row.answer) * contexts))
+        self.table = torch.tensor(table, device=device)
+        self.shares = torch.tensor(shares, dtype=start.dtype, device=device)
+
+    def minimise(self) -> None:
+        optimise(
+            self.delta,
+            self.loss,
+            lr=self.how.lr,
+            steps=self.how.steps,
+            stop_below=self.how.stop_below or None,
+            after_step=self.limit,
+        )
+
+    def loss(self) -> torch.Tensor:
+        """Sum over the unfinished facts; 0 when there is none, which ends the search."""
+        per_fact = self.per_fact()
+        values = per_fact.detach()
+        self.losses = torch.where(self.active, values, self.losses)
+        finished = self.active & (values < self.how.stop_below)
+        if bool(finished.any()):
+            self.kept = torch.where(finished[:, None], self.delta.detach(), self.kept)
+            self.active = self.active & ~finished
+            total = per_fact[self.active].sum()
+            self.shrink()
+            return total
+        return per_fact[self.active].sum()
+
+    def per_fact(self) -> torch.Tensor:
+        """Loss of each fact, `[E]`; 0 for those that left the batch."""
+        row, column, gold, fact = self.table.unbind(1)
+        logits = self.upper.logits(self.delta[self.upper.chunk.owner], row, column).to(self.start.dtype)
+        scored = gold >= 0
+        nll = cross_entropy(logits[scored], gold[scored], reduction="none") * self.shares[scored]
+        now = log_softmax(logits[~scored], -1)
+        if self.before is None:  # delta is still 0: these are the unedited model's predictions
+            self.before = now.detach()
+        old = self.before[fact[~scored]]
+        divergence = (old.exp() * (old - now)).sum(-1)
+        decay = self.delta[fact[~scored]].norm(dim=1) / self.norms[fact[~scored]].square()
+        total = torch.zeros_like(self.norms).index_add(0, fact[scored], nll)
+        return total.index_add(
+            0, fact[~scored], self.how.kl_factor * divergence + self.how.weight_decay * decay
+        )
+
+    def shrink(self) -> None:
+        """Take the finished facts' rows out of the batch."""
+        if not bool(self.active.any()):
+            return
+        stays = self.active[self.upper.chunk.owner]
+        number = stays.cumsum(0) - 1
+        lines = stays[self.table[:, 0]]
+        self.table, self.shares = self.table[lines].clone(), self.shares[lines]
+        self.table[:, 0] = number[self.table[:, 0]]
+        self.upper = self.upper.select(stays.nonzero()[:, 0])
+
+    def limit(self) -> None:
+        """After an update: clamp, and put finished facts back to where they ended."""
+        self.steps += self.active
+        room = (
+            self.how.clamp * self.norms / self.delta.norm(dim=1).clamp_min(torch.finfo(self.delta.dtype).tiny)
+        )
+        self.delta.mul_(room.clamp_max(1.0)[:, None])
+        self.delta.copy_(torch.where(self.active[:, None], self.delta, self.kept))
