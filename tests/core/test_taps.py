@@ -194,7 +194,7 @@ def test_stop_ends_only_passes_of_its_own_run(tiny_lm):
 def test_stop_with_nothing_left_to_see_ends_again_after_an_error(tiny_lm):
     model = tiny_lm("llama")
     with capture(model, "model.layers.1", stop=True) as seen:
-        with pytest.raises(AttributeError):
+        with pytest.raises(TypeError):
             seen.run(input_ids="no tensor")
         assert model(**batch_of()).logits.shape == (3, 9, 400)
         assert seen.run(**batch_of()) is None
