@@ -37,6 +37,7 @@ __all__ = [
     "REFERENCES",
     "Loaded",
     "cache_dir",
+    "check_spec",
     "fingerprint",
     "load",
     "load_encoder",
@@ -87,10 +88,7 @@ def load(
     kind = _CLASSES.get(task)
     if kind is None:
         raise BadInput("task", task, "is unknown", f"use one of {', '.join(_CLASSES)}")
-    wanted = _dtype(dtype)
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput("device", str(device), "is not available", 'use device="cpu"')
-    folder = resolve(spec)
+    wanted, folder = _dtype(dtype), check_spec(spec, dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
     with _quiet(), _readable(folder):
         model = getattr(transformers, kind).from_pretrained(
@@ -104,6 +102,25 @@ def load(
     if str(device) != "auto":
         model = model.to(device)
     return Loaded(model.eval(), tokenizer)
+
+
+def check_spec(
+    spec: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> Path:
+    """Check what `load` would be given, fetching the files if they are missing; returns their folder.
+
+    Raises:
+        BadInput, CorruptFile, Unavailable: as `load`.
+    """
+    _dtype(dtype)
+    name = str(device)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise BadInput("device", name, "is unknown", 'use "cpu", "cuda", "cuda:1" or "auto"')
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput("device", name, "is not available", 'use device="cpu"')
+    folder = resolve(spec)
+    with _readable(folder):
+        return folder
 
 
 def load_tokenizer(spec: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

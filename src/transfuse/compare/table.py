@@ -1,0 +1,127 @@
+"""What the terminal shows while a comparison runs: a row per finished carrier, the stage, the time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .job import Job
+
+__all__ = ["Table"]
+
+_COLUMNS = (
+    "carrier",
+    "prompt",
+    "paraphrase",
+    "gap closed",
+    "locality",
+    "ppl x",
+    "install",
+    "stored",
+    "latency",
+    "tokens",
+)
+_WIDTHS = (24, 7, 11, 11, 9, 6, 9, 9, 8, 7)
+
+
+def _number(value: Any, pattern: str = "{:.2f}") -> str:
+    if isinstance(value, dict):
+        value = value["mean"]
+    return "-" if value is None else pattern.format(value)
+
+
+def _size(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
+
+
+def row(record: dict[str, Any]) -> list[str]:
+    """A record's cells."""
+    return [
+        record["carrier"],
+        _number(record["recall"]["prompt"]),
+        _number(record["recall"]["paraphrase"]),
+        _number(record.get("gap_closed")),
+        _number(record["locality"]["all"]),
+        _number(record["perplexity_ratio"]),
+        _number(record["install_seconds"], "{:.1f} s"),
+        _size(record["stored_bytes"]),
+        _number(record["latency_seconds"], "{:.2f} s"),
+        _number(record["tokens_read"], "{:.0f}"),
+    ]
+
+
+class Table:
+    """Prints rows as carriers finish; on a terminal, a status line shows the stage and the time left."""
+
+    def __init__(self, job: Job, labels: list[str], *, quiet: bool):
+        self.quiet, self.labels = quiet, labels
+        self.live = not quiet and sys.stdout.isatty()
+        self.heading = f"{job.recipe.title}\n{job.recipe.model}, {len(job.knowledge.items)} {job.knowledge.kind}, {len(labels)} carriers"
+        self.done, self.spent, self.effort, self.left = 0, 0.0, 0.0, 0.0
+        self.label, self.began = "", 0.0
+
+    def __enter__(self) -> Table:
+        self._print(self.heading)
+        self._print(self._line(list(_COLUMNS)))
+        self._print("-" * (sum(_WIDTHS) + len(_WIDTHS) - 1))
+        return self
+
+    def __exit__(self, kind: Any, *exc: object) -> None:
+        self._clear()
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, Exception)):
+            self._print(
+                f"stopped after {self.done} of {len(self.labels)}; finished carriers are kept: run it again to go on"
+            )
+
+    @staticmethod
+    def _line(cells: list[str]) -> str:
+        first, *rest = cells
+        return " ".join(
+            [first.ljust(_WIDTHS[0]), *(c.rjust(w) for c, w in zip(rest, _WIDTHS[1:], strict=True))]
+        )
+
+    def _print(self, text: str) -> None:
+        if not self.quiet:
+            self._clear()
+            print(text, flush=True)
+
+    def _clear(self) -> None:
+        if self.live:
+            sys.stdout.write("\r\x1b[2K")
+            sys.stdout.flush()
+
+    def begin(self, label: str, *, left: float) -> None:
+        """A carrier starts; `left` is the rough effort of it and of those after it."""
+        self.label, self.left, self.began = label, left, time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        """The carrier at work has reached a stage."""
+        if self.live:
+            self._clear()
+            sys.stdout.write(f"  {self.label}: {name} ...  {self.remaining()}")
+            sys.stdout.flush()
+
+    def remaining(self) -> str:
+        """Time left, from the carriers so far."""
+        pace = self.spent / self.effort if self.effort else 1.0
+        seconds = max(0.0, pace * self.left - (time.perf_counter() - self.began))
+        return f"about {int(seconds // 60)} min {int(seconds % 60):02d} s left ({self.done} of {len(self.labels)} done)"
+
+    def add(self, record: dict[str, Any], *, cached: bool = False, effort: float = 0.0) -> None:
+        """A carrier is finished."""
+        self.done += 1
+        if not cached:
+            self.spent += time.perf_counter() - self.began
+            self.effort += effort
+        if record["status"] != "done":
+            self._print(f"{record['carrier'].ljust(_WIDTHS[0])} {record['status']}: {record['reason']}")
+        else:
+            self._print(self._line(row(record)) + ("  (kept)" if cached else ""))
+
+    def close(self, report: Path) -> None:
+        """Everything is written."""
+        self._print(f"report: {report}")
