@@ -58,8 +58,8 @@ class Augmenter(Protocol):
         """One augmentation per document; None where none could be made, and the document is then skipped."""
         ...
 
-    def key(self, document: Document) -> Any:
-        """What `augment` would make it from, JSON-able: a document is learnt again when this changes."""
+    def keys(self, documents: Sequence[Document]) -> list[Any]:
+        """What `augment` would make each from, JSON-able: a document is learnt again when this changes."""
         ...
 
 
@@ -111,9 +111,9 @@ class Given:
         """The known material of each document."""
         return [self._of(document) for document in documents]
 
-    def key(self, document: Document) -> Any:
+    def keys(self, documents: Sequence[Document]) -> list[Any]:
         """The material itself."""
-        return asdict(self._of(document))
+        return [asdict(self._of(document)) for document in documents]
 
 
 class LLMAugmenter:
@@ -152,11 +152,10 @@ class LLMAugmenter:
         self.backend, self.rewrites, self.questions, self.retries = backend, rewrites, questions, retries
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
 
-    def key(self, document: Document) -> Any:
+    def keys(self, documents: Sequence[Document]) -> list[Any]:
         """The writer and its settings: what is sampled is not known beforehand."""
-        return [
-            self.backend.identity, self.rewrites, self.questions, self.temperature, self.max_tokens, self.seed
-        ]  # fmt: skip
+        settings = [self.rewrites, self.questions, self.temperature, self.max_tokens, self.seed]
+        return [[self.backend.identity, *settings]] * len(documents)
 
     def augment(self, documents: Sequence[Document]) -> list[Augmentation | None]:
         """Ask for all documents at once, then again for those that failed."""

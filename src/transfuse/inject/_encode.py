@@ -26,7 +26,6 @@ __all__ = ["DocumentParameterizer"]
 logger = logging.getLogger(__name__)
 
 _WEIGHT_DECAY = 0.01  # AdamW's own default
-_CHUNK = 16  # documents augmented before their adapters are trained
 
 
 class DocumentParameterizer:
@@ -83,7 +82,7 @@ class DocumentParameterizer:
         *,
         on_document: Callable[[int, int], None] | None = None,
     ) -> AdapterStore:
-        """Train the adapters that `store` lacks. A killed run goes on where it stopped.
+        """Train the adapters that `store` lacks. A killed run goes on with the first unfinished document.
 
         Args:
             documents: What to encode. A document whose text, title and material are in the store already is
@@ -104,24 +103,23 @@ class DocumentParameterizer:
         store = store if isinstance(store, AdapterStore) else AdapterStore(store)
         shapes = target_modules(self.model, self.targets)
         initial = self.initial or initial_factors(shapes, rank=self.rank, seed=self.seed)
-        keys = {document.hash: sha256_json(self.augmenter.key(document)) for document in chosen}
-        store.bind(self._shared(), initial)
+        keys = {d.hash: sha256_json(key) for d, key in zip(chosen, self.augmenter.keys(chosen), strict=True)}
+        shared = self._shared()
+        store.compare(shared, initial)
         todo = [document for document in chosen if not self._done(store, document, keys[document.hash])]
-        made = 0
-        for start in range(0, len(todo), _CHUNK):
-            chunk = todo[start : start + _CHUNK]
-            batch = [self._examples(d, a) for d, a in zip(chunk, self.augmenter.augment(chunk), strict=True)]
-            with evaluating(self.model), self._slot() as slot:
-                for document, examples in zip(chunk, batch):
-                    if examples is None:
-                        store.skip(document)
-                        logger.warning("no usable questions for %s; skipped", document.title or document.hash)
-                    else:
-                        header = {"data": keys[document.hash], **self._train(slot, initial, examples)}
-                        store.put(document, slot.factors(), header)
-                    made += 1
-                    if on_document is not None:
-                        on_document(made, len(todo))
+        augmented = zip(todo, self.augmenter.augment(todo), strict=True)
+        batch = [self._examples(document, augmentation) for document, augmentation in augmented]
+        store.bind(shared, initial)
+        with evaluating(self.model), self._slot() as slot:
+            for made, (document, examples) in enumerate(zip(todo, batch), 1):
+                if examples is None:
+                    store.skip(document)
+                    logger.warning("no usable questions for %s; skipped", document.title or document.hash)
+                else:
+                    header = {"data": keys[document.hash], **self._train(slot, initial, examples)}
+                    store.put(document, slot.factors(), header)
+                if on_document is not None:
+                    on_document(made, len(todo))
         if not any(document in store for document in chosen):
             raise BadInput(
                 "documents", len(chosen), "gave no usable question at all", "use a better augmenter"

@@ -38,6 +38,10 @@ def factors_hash(factors: Factors) -> str:
     return digest.hexdigest()
 
 
+def _with_hash(shared: Mapping[str, Any], init: Factors) -> dict[str, Any]:
+    return {**json.loads(json.dumps(shared)), "init": factors_hash(init)}
+
+
 class AdapterStore(Injector):
     """A folder of adapters, keyed by document, base model and initialisation.
 
@@ -74,38 +78,42 @@ class AdapterStore(Injector):
             ) from error  # fmt: skip
         return kept
 
-    def bind(self, shared: Mapping[str, Any], init: Factors) -> None:
-        """Make the store for these adapters, or check that it already is.
+    def compare(self, shared: Mapping[str, Any], init: Factors) -> None:
+        """Check that these adapters may join the store; an empty store takes any.
 
         Args:
             shared: `base` (fingerprint), `lora` (rank, alpha, targets), `recipe` (how documents are trained).
-            init: The common initialisation; its hash joins the manifest.
+            init: The common initialisation, known by its hash.
 
         Raises:
             IncompatibleModels: the store belongs to another base model or initialisation.
             BadInput: its adapters were trained in another way; the message names the difference.
         """
-        wanted = {**json.loads(json.dumps(shared)), "init": factors_hash(init)}
-        with locked(self.folder / ".lock"):
-            kept = self.manifest
-            if not kept:
-                write_tensors(self.folder / "init.safetensors", pack(init), {"init": wanted["init"]})
-                self._write({"format": _FORMAT, **wanted, "skipped": {}})
-                return
-        for name in ("base", "init"):
-            if kept[name] != wanted[name]:
-                kind = "base model" if name == "base" else "initialisation"
-                raise IncompatibleModels(
-                    "store", str(self.folder), f"holds adapters of another {kind} ({kept[name][:12]}, not "
-                    f"{wanted[name][:12]})", "encode into another folder",
-                )  # fmt: skip
+        kept, wanted = self.manifest, _with_hash(shared, init)
+        if not kept:
+            return
         old, new = {**kept["lora"], **kept["recipe"]}, {**wanted["lora"], **wanted["recipe"]}
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
+        if kept["base"] == wanted["base"] and changed:
             shown = ", ".join(f"{key} {old.get(key)} (now {new.get(key)})" for key in changed)
             raise BadInput(
                 "store", str(self.folder), f"was encoded with {shown}", "encode into another folder"
             )
+        for name, kind in (("base", "base model"), ("init", "initialisation")):
+            if kept[name] != wanted[name]:
+                raise IncompatibleModels(
+                    "store", str(self.folder), f"holds adapters of another {kind} ({kept[name][:12]}, not "
+                    f"{wanted[name][:12]})", "encode into another folder",
+                )  # fmt: skip
+
+    def bind(self, shared: Mapping[str, Any], init: Factors) -> None:
+        """Make the store for these adapters, or check that it already is; arguments and errors of `compare`."""
+        with locked(self.folder / ".lock"):
+            self.compare(shared, init)
+            if not self.manifest:
+                wanted = _with_hash(shared, init)
+                write_tensors(self.folder / "init.safetensors", pack(init), {"init": wanted["init"]})
+                self._write({"format": _FORMAT, **wanted, "skipped": {}})
 
     def _write(self, manifest: Mapping[str, Any]) -> None:
         atomic_write(self.folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
