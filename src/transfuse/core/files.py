@@ -159,7 +159,7 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a safetensors file written by `write_tensors`: tensors and decoded metadata.
+    """Read a safetensors file: tensors, and metadata decoded as `write_tensors` wrote them, others as text.
 
     Raises:
         CorruptFile: the file is truncated, or not safetensors (pickle files are never opened).
@@ -173,8 +173,15 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         with safe_open(str(path), framework="pt") as stream:
             header = stream.metadata() or {}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        return tensors, {key: json.loads(value) for key, value in header.items()}
+        return tensors, {key: _decoded(value) for key, value in header.items()}
     except (SafetensorError, ValueError, OSError) as error:
         raise CorruptFile(
             "path", str(path), f"is not a readable safetensors file ({error})", "restore it or make it again"
         ) from error
+
+
+def _decoded(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
