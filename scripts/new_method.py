@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+NOT_FAMILIES = ("core", "compare", "report")  # packages that hold no methods
+
 MODULE = '''"""{title}: one sentence that says what it does.
 
 :arxiv: fill in: 2401.01234 (leave the line out if there is no paper)
@@ -109,9 +111,7 @@ def main(root: Path, family: str, name: str) -> list[Path]:
     families = sorted(
         folder.name
         for folder in package.iterdir()
-        if (folder / "__init__.py").is_file()
-        and folder.name not in ("core", "compare")
-        and folder.name[0] != "_"
+        if (folder / "__init__.py").is_file() and folder.name not in NOT_FAMILIES and folder.name[0] != "_"
     )
     if not family or not name:
         fail("FAMILY and NAME are needed; run: make new-method FAMILY=steer NAME=my_method")
@@ -124,7 +124,7 @@ def main(root: Path, family: str, name: str) -> list[Path]:
     name = name.lower().replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         fail(f"NAME = {name!r} is not a module name; use letters, digits and underscores")
-    taken = [path for path in package.glob(f"*/{name}.py") if path.parent.name not in ("core", "compare")]
+    taken = [path for path in package.glob(f"*/{name}.py") if path.parent.name not in NOT_FAMILIES]
     words = {
         "name": name,
         "slug": name.replace("_", "-"),

@@ -46,7 +46,7 @@ TIERS = ("quick", "full")
 """Tiers of evidence: about a minute, about ten minutes."""
 
 ENTRY_POINTS = "transfuse.methods"
-NOT_FAMILIES = ("core", "compare")  # packages that hold no methods
+NOT_FAMILIES = ("core", "compare", "report")  # packages that hold no methods
 
 _PACKAGE = Path(__file__).resolve().parent
 _DOCSTRING = re.compile(r'(?:\s|#[^\n]*\n)*(r?"""(?:[^"\\]|\\.|"(?!""))*""")', re.DOTALL | re.IGNORECASE)
@@ -114,7 +114,7 @@ class Method:
 
 
 def families() -> list[str]:
-    """Names of the method families, sorted: the sub-packages other than `core` and `compare`."""
+    """Names of the method families, sorted: the sub-packages but those in `NOT_FAMILIES`."""
     return sorted(
         entry.name
         for entry in _PACKAGE.iterdir()
