@@ -380,5 +380,11 @@ def test_a_wheel_carries_recipes_and_records(tmp_path):
     root, listed = json.loads(done.stdout)
     assert Path(root) == tmp_path / "site" / "transfuse" / "_evidence"
     assert listed == json.loads(json.dumps([m.describe() for m in catalogue.methods()]))
-    recipes = {p.relative_to(ROOT / "evidence") for p in (ROOT / "evidence").rglob("*.py")}
-    assert recipes == {p.relative_to(root) for p in Path(root).rglob("*.py")}
+
+    def files(folder: Path, pattern: str = "*") -> set[Path]:
+        found = {p.relative_to(folder) for p in folder.rglob(pattern) if p.is_file()}
+        return {p for p in found if "__pycache__" not in p.parts}
+
+    assert files(Path(root), "*.py") == files(ROOT / "evidence", "*.py")
+    packed = files(tmp_path / "site" / "transfuse")
+    assert {p for p in packed if p.parts[0] != "_evidence"} == files(PACKAGE)
