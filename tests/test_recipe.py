@@ -263,7 +263,9 @@ class TestRun:
     def test_own_lineage_is_kept(self, house):
         house.write_text(house.read_text() + "rounds: 7\nseed: 5\n")
         record = read_lineage(recipe.run(house))
-        assert record["arguments"] == {"rate": "own"} and record["measurements"] == {"recall": 1.0}
+        assert record["arguments"] == {"rate": "own", "mode": "slow"} and record["measurements"] == {
+            "recall": 1.0
+        }
         assert record["seed"] == 5
 
     def test_not_done_twice(self, house, capsys):

@@ -161,8 +161,14 @@ def _method(value: Any, where: str) -> tuple[catalogue.Method, Node]:
     if family not in ("", method.family):
         raise BadInput(place, name, f"is in {method.family}", f"write {method.family}.{slug}")
     target = catalogue.get(method.slug)
-    arguments = check_arguments(target, given, at(where, "with"), given=("model", "tokenizer"), resolve=find)
+    arguments = check_arguments(target, given, at(where, "with"), given=_supplied(target), resolve=find)
     return method, Node(target, arguments, where)
+
+
+def _supplied(target: Callable[..., Any]) -> list[str]:
+    """Parameters that a family's `transfer` fills in: the positional ones without default (model, ...)."""
+    empty, positional = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [n for n, p in parameters_of(target).items() if p.kind is positional and p.default is empty]
 
 
 def find(name: Any, where: str = "uses") -> Any:
@@ -234,10 +240,10 @@ def _described(value: Any) -> Any:
 def build(node: Node) -> Any:
     """Make the object a checked node describes.
 
-    A method that works on a model (`model` is among its parameters) is returned as a function that still
-    takes it; any other is called.
+    A method with positional parameters (the model, ...) is returned as a function that still takes them; any
+    other is called.
     """
-    if "model" in parameters_of(node.target):
+    if _supplied(node.target):
         return functools.partial(node.target, **node.values())
     return node.build()
 
@@ -290,7 +296,7 @@ def run(
         seconds = round(time.perf_counter() - started, 3)
         amend_lineage(
             result,
-            arguments=read_lineage(result)["arguments"] or arguments,
+            arguments={**arguments, **read_lineage(result)["arguments"]},
             seed=job.seed,
             base_model=job.model,
             run={"identity": identity, "inputs": job.inputs, "seconds": seconds},
@@ -347,7 +353,7 @@ def schema() -> dict[str, Any]:
         slugs.append(method.slug)
         target = catalogue.get(method.slug)
         inputs = json_schema(transfer, given=SUPPLIED)
-        arguments = json_schema(target, given=("model", "tokenizer"))
+        arguments = json_schema(target, given=_supplied(target))
         uses = {
             "properties": {"uses": {"enum": [method.slug, f"{method.family}.{method.slug}"]}},
             "required": ["uses"],
