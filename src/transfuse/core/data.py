@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 from .errors import BadInput, CorruptFile
 from .files import sha256_json
 
-__all__ = ["QA", "Document", "Fact", "read_documents", "read_facts", "read_qa", "records_hash"]
+__all__ = [
+    "QA",
+    "Document",
+    "Fact",
+    "read_documents",
+    "read_facts",
+    "read_qa",
+    "read_rows",
+    "records_hash",
+]
 
 Source = "str | os.PathLike[str] | Iterable[Any]"
 
@@ -76,8 +85,13 @@ class QA:
 Record = TypeVar("Record", Fact, Document, QA)
 
 
-def _rows(source: Any, argument: str) -> Iterable[tuple[str, Any]]:
-    """(place, raw record) pairs; the place is what an error message shows."""
+def read_rows(source: Any, argument: str) -> Iterable[tuple[str, Any]]:
+    """(place, raw record) pairs of a file (.jsonl, .json, .parquet) or a list; messages show the place.
+
+    Raises:
+        BadInput: no such file, or not a list of records; `argument` is named.
+        CorruptFile: the file cannot be parsed.
+    """
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         if not path.is_file():
@@ -158,7 +172,7 @@ def _portability(place: str, value: Any) -> tuple[tuple[str, str, tuple[str, ...
 
 
 def _read(source: Any, kind: type[Record], argument: str) -> list[Record]:
-    records = [_record(place, raw, kind) for place, raw in _rows(source, argument)]
+    records = [_record(place, raw, kind) for place, raw in read_rows(source, argument)]
     if not records:
         raise BadInput(
             argument, source if isinstance(source, (str, os.PathLike)) else [], "is empty", "give records"
