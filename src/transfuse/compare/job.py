@@ -202,7 +202,7 @@ class Job:
 
 def bundled(name: str) -> str:
     """Text of one of the files shipped for comparisons: `anchors.txt`, `known.jsonl`, `neutral.txt`."""
-    return resources.files("transfuse.compare").joinpath("data", name).read_text(encoding="utf-8")
+    return (resources.files("transfuse.compare") / "data" / name).read_text(encoding="utf-8")
 
 
 def read_knowledge(source: Source, base: Path) -> Knowledge:
@@ -312,10 +312,10 @@ def _known(path: Path) -> list[Mapping[str, str]]:
 
 
 def _pairs(path: Path) -> list[tuple[Any, Any]]:
-    from ..core.data import _rows
+    from ..core.data import read_rows
 
     pairs = []
-    for place, row in _rows(path, "known"):
+    for place, row in read_rows(path, "known"):
         if not isinstance(row, Mapping) or "prompt" not in row or "target" not in row:
             raise BadInput(f"known: {place}", row, "is no record", "give prompt and target")
         pairs.append((row["prompt"], row["target"]))
