@@ -60,11 +60,12 @@ def read_records(source: str | os.PathLike[str] | Sequence[Any]) -> list[Fact]:
     `src`, `alt`, `rephrase`, `answers`, `loc`. Other fields are ignored.
 
     Raises:
-        BadInput: a field is missing, empty or of the wrong type; file, index and field are named.
+        BadInput: a field is missing, empty or of the wrong type; the record's index and the field are named.
         CorruptFile: the file cannot be parsed.
     """
-    named = [(place, _translated(place, row)) for place, row in read_rows(source, "records")]
-    return read_facts([fact for _, fact in named], argument="records")
+    return read_facts(
+        [_translated(place, row) for place, row in read_rows(source, "records")], argument="records"
+    )
 
 
 def _translated(place: str, row: Any) -> Any:
@@ -79,8 +80,7 @@ def _translated(place: str, row: Any) -> Any:
         "id": ("case_id",),
     }.items():
         fact[name] = next((row[n] for n in (name, *others) if row.get(n) is not None), None)
-    truth = fact["ground_truth"]
-    fact["ground_truth"] = next(iter(_aliases(truth)), None)
+    fact["ground_truth"] = next(iter(_aliases(fact["ground_truth"])), None)
     for name, others in {
         "paraphrases": ("rephrase_prompt", "rephrase"),
         "neighbours": ("locality_prompt", "loc"),
@@ -94,7 +94,8 @@ def _translated(place: str, row: Any) -> Any:
             *(prompt for _, prompt, _ in _groups(place, row, "locality")),
         ]
     if isinstance(row.get("portability"), Mapping):
-        fact["portability"] = _groups(place, row, "portability")
+        # Without an answer there is nothing to score.
+        fact["portability"] = [item for item in _groups(place, row, "portability") if item[2]]
     return fact
 
 
@@ -107,8 +108,7 @@ def _groups(place: str, row: Mapping[str, Any], field: str) -> list[tuple[str, s
                 raise BadInput(
                     f"{place}: {field}.{group}", item, "has no prompt", "give {prompt, ground_truth}"
                 )
-            if answers := _aliases(item.get("ground_truth")):  # without an answer there is nothing to score
-                found.append((str(group), item["prompt"], answers))
+            found.append((str(group), item["prompt"], _aliases(item.get("ground_truth"))))
     return found
 
 
