@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.data import Document
 from ..core.errors import BadInput, NotApplicable
+from ..core.files import atomic_write
 from .answerer import Answerer, Plain, Prompts
 from .job import Job, Knowledge
 
@@ -33,6 +35,27 @@ class Bench:
         self.model, self.tokenizer, self.job = model, tokenizer, job
         self.knowledge, self.seed = job.knowledge, job.recipe.seed
         self.prompts = Prompts(tokenizer, job.knowledge.kind, job.recipe.chat)
+        self._workshop: Path | None = None
+
+    def workshop(self, key: str) -> Path:
+        """A folder in the output, kept between carriers and runs, for work that several can use or resume.
+
+        What installing costs there adds up over runs, so that a carrier that finds the work done reports its price.
+        """
+        self._workshop = self.job.folder / "work" / key
+        self._workshop.mkdir(parents=True, exist_ok=True)
+        return self._workshop
+
+    def account(self, seconds: float, peak: int) -> tuple[float, int]:
+        """Seconds and peak bytes of an installation, those of earlier runs in the workshop included."""
+        if self._workshop is None:
+            return seconds, peak
+        ledger = self._workshop / "spent.json"
+        if ledger.is_file():
+            spent = json.loads(ledger.read_text(encoding="utf-8"))
+            seconds, peak = seconds + spent["seconds"], max(peak, spent["peak"])
+        atomic_write(ledger, json.dumps({"seconds": seconds, "peak": peak}))
+        return seconds, peak
 
     def plain(self, **parts: Any) -> Plain:
         """An answerer that reads the bare prompt, on this bench's model unless told otherwise."""
@@ -149,8 +172,6 @@ class GoldContext(Carrier):
 
 def write_documents(folder: Path, documents: Sequence[Document]) -> None:
     """Store documents as JSON lines."""
-    import json
-
     lines = [
         json.dumps({"id": d.id, "title": d.title, "text": d.text}, ensure_ascii=False) for d in documents
     ]

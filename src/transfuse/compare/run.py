@@ -93,7 +93,7 @@ def _plans(recipe: Recipe, job: Job) -> list[Plan]:
     plans: list[Plan] = []
     for i, entry in enumerate(entries):
         where = f"carriers[{i}]"
-        node = {"uses": entry} if isinstance(entry, str) else dict(entry)
+        node: dict[str, Any] = {"uses": entry} if isinstance(entry, str) else dict(entry)
         if unknown := set(node) - {"uses", "with", "name"}:
             raise BadInput(where, sorted(unknown)[0], "is not a known field", "use `uses`, `with` and `name`")
         if not isinstance(node.get("uses"), str):
@@ -305,7 +305,7 @@ class Worker:
         self.log = log
 
     def __enter__(self) -> Worker:
-        self._stderr = open(self.log, "ab")  # noqa: SIM115  closed in __exit__
+        self._stderr = open(self.log, "ab")  # closed in __exit__
         self._process = subprocess.Popen(
             [sys.executable, "-m", "transfuse.compare.worker"],
             stdin=subprocess.PIPE,

@@ -60,7 +60,8 @@ class Table:
     def __init__(self, job: Job, labels: list[str], *, quiet: bool):
         self.quiet, self.labels = quiet, labels
         self.live = not quiet and sys.stdout.isatty()
-        self.heading = f"{job.recipe.title}\n{job.recipe.model}, {len(job.knowledge.items)} {job.knowledge.kind}, {len(labels)} carriers"
+        counts = f"{len(job.knowledge.items)} {job.knowledge.kind}, {len(labels)} carriers"
+        self.heading = f"{job.recipe.title}\n{job.recipe.model}, {counts}"
         self.done, self.spent, self.effort, self.left = 0, 0.0, 0.0, 0.0
         self.label, self.began = "", 0.0
 

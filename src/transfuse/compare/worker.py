@@ -96,7 +96,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
         installing = time.perf_counter()
         with _peak_memory() as peak:
             answerer = carrier.install(bench)
-        install_seconds = time.perf_counter() - installing
+        install_seconds, peak_bytes = bench.account(time.perf_counter() - installing, peak["bytes"])
         answerer.save(folder)
         stored = _bytes_in(folder)
         if isinstance(carrier, NoCarrier):
@@ -120,7 +120,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
             "arguments": vars(carrier),
             **measured,
             "install_seconds": install_seconds,
-            "install_peak_bytes": peak["bytes"],
+            "install_peak_bytes": peak_bytes,
             "stored_bytes": stored,
             "folder": f"carriers/{spec['label']}",
             "key": request["key"],
@@ -140,7 +140,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
     return record
 
 
-def _child(line: str, out: IO[str]) -> int:
+def _child(line: bytes, out: IO[str]) -> int:
     """Run one request; every outcome is a message. Returns the exit code."""
 
     def say(**message: Any) -> None:
@@ -177,7 +177,8 @@ def main() -> int:
     carriers.carriers()
     sys.stdout.write(json.dumps({"ready": True}) + "\n")
     sys.stdout.flush()
-    for line in iter(sys.stdin.readline, ""):
+    requests = os.fdopen(os.dup(0), "rb")
+    for line in iter(requests.readline, b""):
         child = os.fork()
         if child == 0:
             out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -190,7 +191,7 @@ def main() -> int:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 break
-            if select.select([sys.stdin], [], [], 0.05)[0] and not sys.stdin.buffer.peek(1):
+            if select.select([requests], [], [], 0.05)[0] and not requests.peek(1):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return 0
