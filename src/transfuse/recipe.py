@@ -41,7 +41,7 @@ from .core.fields import (
     uses_and_with,
 )
 from .core.files import check_writable, locked, sha256_json
-from .core.lineage import amend_lineage, input_hash, jsonable, read_lineage, write_lineage
+from .core.lineage import amend_lineage, input_hash, read_lineage, write_lineage
 from .core.schema import json_schema
 from .core.strict_yaml import load
 
@@ -81,7 +81,7 @@ class Run:
     def identity(self) -> str:
         """SHA-256 over all that decides the result: names, arguments, and the contents of the files named."""
         inputs = {name: input_hash(value) for name, value in self.inputs.items()}
-        arguments = jsonable({name: _described(value) for name, value in self.method.arguments.items()})
+        arguments = {name: input_hash(_described(value)) for name, value in self.method.arguments.items()}
         return sha256_json([self.model, self.slug, arguments, inputs, self.seed, self.dtype, self.device])
 
 
@@ -125,7 +125,7 @@ def check(
         )
     if "method" not in mapping:
         raise BadInput(at(where, "method"), None, "is missing", "add method: {uses: <slug>, with: {...}}")
-    method, node = _method(mapping["method"], at(where, "method"))
+    method, node = _method(mapping["method"], at(where, "method"), base)
     transfer = _transfer(method)
     common = {f.name: mapping[f.name] for f in fields(_Common) if f.name in mapping}
     rest = {key: value for key, value in mapping.items() if key not in common and key != "method"}
@@ -149,7 +149,7 @@ def check(
     )
 
 
-def _method(value: Any, where: str) -> tuple[catalogue.Method, Node]:
+def _method(value: Any, where: str, base: Path) -> tuple[catalogue.Method, Node]:
     """The method of `{uses, with}` (or a bare name) and its checked arguments."""
     name, given = (value, None) if isinstance(value, str) else uses_and_with(value, where)
     place = at(where, "uses")
@@ -162,6 +162,13 @@ def _method(value: Any, where: str) -> tuple[catalogue.Method, Node]:
         raise BadInput(place, name, f"is in {method.family}", f"write {method.family}.{slug}")
     target = catalogue.get(method.slug)
     arguments = check_arguments(target, given, at(where, "with"), given=_supplied(target), resolve=find)
+    for key, hint in hints_of(target).items():
+        if (
+            isinstance(arguments.get(key), (str, Path))
+            and _is_path(hint)
+            and (base / arguments[key]).exists()
+        ):
+            arguments[key] = base / arguments[key]
     return method, Node(target, arguments, where)
 
 

@@ -87,8 +87,9 @@ def edit(
         slug, worker = type(method).__module__.rpartition(".")[2].replace("_", "-"), method
     chosen: Sequence[Fact] = read_facts([facts] if isinstance(facts, Fact) else facts)
     worker.check(model, tokenizer, chosen)
+    hyperparameters = {name: value for name, value in vars(worker).items() if not name.startswith("_")}
     handle = EditHandle(
-        model, tokenizer, method=slug, arguments=vars(worker), facts=chosen, base=fingerprint(model)
+        model, tokenizer, method=slug, arguments=hyperparameters, facts=chosen, base=fingerprint(model)
     )
     groups = [list(chosen)] if mode == "batch" and worker.batched else [[fact] for fact in chosen]
     try:
