@@ -82,9 +82,14 @@ class Toy:
     """
 
     def __init__(
-        self, *, rate: float = 0.1, mode: Literal["fast", "slow"] = "fast", inner: Toy | None = None
+        self,
+        *,
+        rate: float = 0.1,
+        mode: Literal["fast", "slow"] = "fast",
+        inner: Toy | None = None,
+        examples: str | os.PathLike[str] | None = None,
     ):
-        self.rate, self.mode, self.inner = rate, mode, inner
+        self.rate, self.mode, self.inner, self.examples = rate, mode, inner, examples
 
 
 def bound(model, tokenizer, *, layers: list[int] | None = None):
@@ -181,6 +186,17 @@ class TestCheck:
         assert recipe.check({**base, "method": {"uses": "bound_toy"}}).slug == "bound-toy"
         nested = {"uses": "toy", "with": {"inner": {"uses": "toy", "with": {"rate": 3}}}}
         assert recipe.build(recipe.check({**base, "method": nested}).method).inner.rate == 3.0
+
+    def test_files_among_the_arguments(self, house):
+        (house.parent / "more.jsonl").write_text("a")
+        house.write_text(house.read_text().replace("rate: 1", "examples: more.jsonl"))
+        job = recipe.check(house)
+        assert recipe.build(job.method).examples == house.parent / "more.jsonl"
+        before = job.identity
+        (house.parent / "more.jsonl").write_text("b")  # another content is another run
+        assert recipe.check(house).identity != before
+        house.write_text(house.read_text().replace("more.jsonl", "elsewhere"))
+        assert recipe.build(recipe.check(house).method).examples == "elsewhere"
 
     def test_model_methods_become_functions(self, house):
         method = {"uses": "bound-toy", "with": {"layers": [1]}}

@@ -35,7 +35,7 @@ def editor(method: str, **hparams: Any) -> Editor:
             "see: transfuse methods --family edit",
         )
     cls = catalogue.get(found.slug)
-    known = [name for name in inspect.signature(cls).parameters]
+    known = list(inspect.signature(cls).parameters)
     for name, value in hparams.items():
         if name not in known:
             raise BadInput(name, value, f"is not an argument of {method}", f"use {', '.join(known)}")
