@@ -151,6 +151,8 @@ class DocumentParameterizer:
         for name in ("lr", "alpha"):
             if not getattr(self, name) > 0:
                 raise BadInput(name, getattr(self, name), "is not positive", "use a positive number")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise BadInput("seed", self.seed, "is not a whole number from 0", "give such a seed")
         if self.plan not in ("code", "product"):
             raise BadInput("plan", self.plan, "is unknown", 'use "code" or "product"')
         if not documents:

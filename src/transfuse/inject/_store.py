@@ -32,7 +32,7 @@ _FORMAT = 1
 def factors_hash(factors: Factors) -> str:
     """SHA-256 over the factors' names and numbers."""
     digest = hashlib.sha256()
-    for name, tensor in pack(factors).items():
+    for name, tensor in sorted(pack(factors).items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.float().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -47,8 +47,8 @@ class AdapterStore(Injector):
 
     `manifest.json` says what all adapters share: the base model's fingerprint, the hash of the common
     initialisation, the adapters' shape and how they were trained. `init.safetensors` is that initialisation,
-    and `adapters/<document hash>.safetensors` hold the documents. Each file is written atomically and names
-    the hashes it belongs to, so a store survives a kill and a foreign file is noticed.
+    and each document has one file under `adapters/`, named by the first half of its hash. Each file is written
+    atomically and names the hashes it belongs to: a store survives a kill, and a foreign file is noticed.
 
     Args:
         folder: Where it is, or will be.
@@ -128,7 +128,7 @@ class AdapterStore(Injector):
 
     def path(self, document: Document) -> Path:
         """Where the document's adapter lies, whether or not it exists."""
-        return self.folder / "adapters" / f"{document.hash}.safetensors"
+        return self.folder / "adapters" / f"{document.hash[:32]}.safetensors"
 
     def __contains__(self, document: Document) -> bool:
         return self.path(document).is_file()
