@@ -18,7 +18,7 @@ __all__ = [
 
 def _shown(value: Any) -> str:
     text = " ".join(repr(value).split())
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= 120 else f"{text[:58]}...{text[-59:]}"  # the end of a path names the file
 
 
 class TransfuseError(Exception):
