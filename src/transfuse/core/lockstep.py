@@ -156,6 +156,10 @@ def _grouped(groups: list[_Group]) -> list[tuple[_Group, list[int]]]:
     return joined
 
 
+def _drawn(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
 @torch.no_grad()
 def decode(
     streams: Sequence[Stream],
@@ -221,10 +225,7 @@ def decode(
     joined = _grouped(groups)
     while True:
         scores = processors(sequence, combine(logits))
-        if do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
-        else:
-            tokens = scores.argmax(-1)
+        tokens = _drawn(scores, generator) if do_sample else scores.argmax(-1)
         tokens = torch.where(unfinished, tokens, padding)
         sequence = torch.cat([sequence, tokens[:, None]], dim=1)
         if on_tokens is not None:

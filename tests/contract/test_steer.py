@@ -1,0 +1,87 @@
+"""What every steering method holds. Each is found in the catalogue; its own test file says how to make one.
+
+`tests/steer/test_<name>.py` defines `make(model, tokenizer)` -> `(method, inputs, first)`: an instance that
+changes something, the positional arguments of its `generate`, and the texts its first stream reads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from transfuse import catalogue
+from transfuse.core.errors import NotApplicable
+from transfuse.core.generate import generate_texts
+from transfuse.core.training import generator
+from transfuse.steer._base import Steer
+
+METHODS = catalogue.methods(family="steer")
+TESTS = Path(__file__).resolve().parents[1] / "steer"
+
+
+def test_the_family_is_found():
+    assert "ck-plug" in {m.slug for m in METHODS}
+
+
+@pytest.fixture(params=METHODS, ids=lambda m: m.slug)
+def described(request):
+    return request.param
+
+
+@pytest.fixture(params=["llama", "gpt2", "qwen2", "gemma3"])
+def case(request, described, tiny_lm, tiny_tokenizer):
+    path = TESTS / f"test_{described.slug.replace('-', '_')}.py"
+    spec = importlib.util.spec_from_file_location(f"make_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = tiny_lm(request.param, layers=2)
+    return model, tiny_tokenizer, *module.make(model, tiny_tokenizer)
+
+
+def test_it_says_what_it_needs(described):
+    assert "logits" in described.access
+    assert described.reversible
+
+
+def test_neutral_is_the_plain_model(case):
+    model, tokenizer, method, inputs, first = case
+    assert isinstance(method, Steer)
+    plain = method.neutral().generate(*inputs, max_new_tokens=10)
+    assert plain == generate_texts(model, tokenizer, first, max_new_tokens=10)
+    assert plain != method.generate(*inputs, max_new_tokens=10)  # and the instance itself is not neutral
+
+
+def test_cache_and_batches_do_not_matter(case):
+    _, _, method, inputs, _ = case
+    answers = method.generate(*inputs, max_new_tokens=10)
+    assert method.generate(*inputs, max_new_tokens=10, use_cache=False) == answers
+    for size in (1, 2):
+        assert method.generate(*inputs, max_new_tokens=10, batch_size=size) == answers
+
+
+def test_no_weight_changes(case):
+    model, _, method, inputs, _ = case
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    method.generate(*inputs, max_new_tokens=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_rows_are_combined_one_by_one(case):
+    _, _, method, _, _ = case
+    streams = [torch.randn(3, 50, generator=generator(seed)) * 3 for seed in (0, 1)]
+    whole = method.combine([z.clone() for z in streams])
+    rows = torch.cat([method.combine([z[b : b + 1] for z in streams]) for b in range(3)])
+    assert whole.shape == (3, 50)
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole, rows)
+
+
+def test_modes_for_one_stream_are_refused(case):
+    _, _, method, inputs, _ = case
+    for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"guidance_scale": 2.0}):
+        with pytest.raises(NotApplicable):
+            method.generate(*inputs, max_new_tokens=2, **options)
