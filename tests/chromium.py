@@ -136,8 +136,10 @@ class Chromium:
 
     def press(self, key: str, code: int) -> None:
         """Press a key and let it go."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+        text = {"Enter": "\r", " ": " "}.get(key)
+        down = {"type": "keyDown", "text": text} if text else {"type": "rawKeyDown"}
+        for event in (down, {"type": "keyUp"}):
+            self.send("Input.dispatchKeyEvent", key=key, windowsVirtualKeyCode=code, **event)
 
     def screenshot(self, file: Path, *, whole: bool = True) -> None:
         """A PNG of the page."""

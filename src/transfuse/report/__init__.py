@@ -85,6 +85,7 @@ def _page(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
         excluded=[(titles.get(e.get("carrier"), e.get("carrier")), e.get("reason"))
                   for e in advice.get("excluded") or []],
         wide=scatter(rows, constraints, width=1072, height=520),
+        medium=scatter(rows, constraints, width=740, height=470),
         narrow=scatter(rows, constraints, width=400, height=560),
         reference=titles.get(context.get("reference") or ""),
         qualities=QUALITIES,

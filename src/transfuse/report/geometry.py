@@ -40,16 +40,18 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 def _candidates(x: float, y: float, width: float, height: float, radius: float) -> list[tuple[float, Box]]:
     """Places for a label, each with what it costs in itself: near is better, right of the point is best."""
+    own = Box(x - radius - 2, y - radius - 2, x + radius + 2, y + radius + 2)
     places = []
     for ring, distance in enumerate((4.0, 12.0, 22.0, 34.0, 48.0, 64.0, 84.0, 108.0)):
-        for step in range(24):
-            angle = step * math.tau / 24
+        for step in range(16):
+            angle = step * math.tau / 16
             reach = radius + distance
             cx = x + math.cos(angle) * (reach + width / 2)
             cy = y + math.sin(angle) * (reach + height / 2)
             box = Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
             cost = 3.0 * ring + 1.5 * (1 - math.cos(angle)) / 2 + 0.6 * abs(math.sin(angle))
-            places.append((cost, box))
+            if not box.overlap(own):
+                places.append((cost, box))
     return sorted(places)
 
 
@@ -63,13 +65,21 @@ def _crosses(
 
 
 def _through(start: tuple[float, float], end: tuple[float, float], box: Box) -> bool:
-    """Whether a leader from `start` to `end` runs through `box`."""
-    inner = Box(box.left + 1, box.top + 1, box.right - 1, box.bottom - 1)
-    for i in range(1, 20):
-        x, y = start[0] + (end[0] - start[0]) * i / 20, start[1] + (end[1] - start[1]) * i / 20
-        if inner.left < x < inner.right and inner.top < y < inner.bottom:
-            return True
-    return False
+    """Whether a leader from `start` to `end` runs through `box` (more than a pixel deep)."""
+    first, last = 0.0, 1.0
+    for a, b, low, high in (
+        (start[0], end[0], box.left + 1, box.right - 1),
+        (start[1], end[1], box.top + 1, box.bottom - 1),
+    ):
+        if a == b:
+            if not low < a < high:
+                return False
+            continue
+        one, other = sorted(((low - a) / (b - a), (high - a) / (b - a)))
+        first, last = max(first, one), min(last, other)
+        if first >= last:
+            return False
+    return True
 
 
 def place_labels(
@@ -82,7 +92,8 @@ def place_labels(
 ) -> list[Box]:
     """A place for each point's label: inside `bounds`, off marks, other labels and `taken`, as near as can be.
 
-    Each label in turn moves to its cheapest place given the others, until none moves.
+    Each label in turn moves to its cheapest place given the others, until none moves; of three orders to begin
+    with, the one that ends best is taken.
 
     Args:
         points: Centres of the marks.
@@ -93,9 +104,8 @@ def place_labels(
     """
     marks = [Box(x - r - 2, y - r - 2, x + r + 2, y + r + 2) for (x, y), r in zip(points, radii, strict=True)]
     options = [_candidates(*p, *size, r) for p, size, r in zip(points, sizes, radii, strict=True)]
-    chosen: list[Box | None] = [None] * len(points)
 
-    def cost(i: int, own: float, box: Box) -> float:
+    def cost(chosen: Sequence[Box | None], i: int, own: float, box: Box, least: float) -> float:
         outside = (box.right - box.left) * (box.bottom - box.top) - box.overlap(bounds)
         total = own + 10.0 * outside
         start, end = points[i], box.nearest(*points[i])
@@ -104,14 +114,16 @@ def place_labels(
             if j == i or points[j] == points[i]:
                 continue
             total += 4.0 * box.overlap(mark) + (8.0 if _through(start, end, mark) else 0.0)
-            if math.dist(points[j], box.nearest(*points[j])) - radii[j] < apart + 2:
-                total += 5.0  # it would read as the other mark's label
+            if math.dist(points[j], box.nearest(*points[j])) - radii[j] < apart + 5:
+                total += 12.0  # it would read as the other mark's label
         total += sum(2.0 * box.overlap(other) for other in taken)
         for j, other in enumerate(chosen):
             if j == i or other is None:
                 continue
+            if total >= least:
+                break  # it cannot become the cheapest
             grown = Box(other.left - 3, other.top - 1, other.right + 3, other.bottom + 1)
-            total += 5.0 * box.overlap(grown)
+            total += 6.0 * box.overlap(grown)
             theirs = points[j], other.nearest(*points[j])
             if _through(start, end, other) or _through(*theirs, box):
                 total += 25.0
@@ -119,16 +131,24 @@ def place_labels(
                 total += 15.0
         return total
 
-    for _ in range(12):
-        moved = False
-        for i, places in enumerate(options):
-            best, least = places[0][1], math.inf
-            for own, box in places:
-                if own >= least:
-                    break  # places are sorted by what they cost in themselves
-                if (total := cost(i, own, box)) < least:
-                    best, least = box, total
-            moved, chosen[i] = moved or best != chosen[i], best
-        if not moved:
-            break
-    return [box for box in chosen if box is not None]
+    def settle(order: Sequence[int]) -> tuple[float, list[Box]]:
+        chosen: list[Box | None] = [None] * len(points)
+        spent = [0.0] * len(points)
+        for _ in range(12):
+            moved = False
+            for i in order:
+                best, least = options[i][0][1], math.inf
+                for own, box in options[i]:
+                    if own >= least:
+                        break  # places are sorted by what they cost in themselves
+                    if (total := cost(chosen, i, own, box, least)) < least:
+                        best, least = box, total
+                moved, chosen[i], spent[i] = moved or best != chosen[i], best, least
+            if not moved:
+                break
+        return sum(spent), [box for box in chosen if box is not None]
+
+    by_x = sorted(range(len(points)), key=lambda i: points[i])
+    return min(
+        (settle(order) for order in (by_x, by_x[::-1], range(len(points)))), key=lambda found: found[0]
+    )[1]

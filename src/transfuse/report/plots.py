@@ -145,7 +145,7 @@ def _legend(axes: Axes, scene: Scatter) -> None:
     axes.legend(
         *zip(*handles, strict=True), loc="upper left", bbox_to_anchor=(scene.plot.left - 8, 2),
         bbox_transform=axes.transData, ncols=len(handles), frameon=False, fontsize=8.5, labelcolor=QUIET,
-        handletextpad=0.3, columnspacing=1.4, borderpad=0.3,
+        handletextpad=0.3, columnspacing=1.1, borderpad=0.3,
     )  # fmt: skip
 
 
