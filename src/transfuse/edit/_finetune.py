@@ -142,11 +142,10 @@ def box(weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     also between them once rounded. Their dtype is float32 (float64 for float64 weights).
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    exact = torch.float64 if weight.dtype == torch.float32 else wide
 
     def edge(sign: float, away: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        value = (weight.to(exact) + sign * eps).to(weight.dtype)
-        outside = sign * (value.to(exact) - weight.to(exact)) > eps
+        value = (weight.double() + sign * eps).to(weight.dtype)
+        outside = sign * (value.double() - weight.double()) > eps
         return torch.where(outside, away(value), value).to(wide)
 
     low = edge(-1.0, lambda value: _step(value, up=True))
