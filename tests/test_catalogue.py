@@ -278,6 +278,7 @@ def test_signature_of_a_class(write):
         ("mark", "str | None", "None"),
         ("model", "object", None),
     ]
+    assert not any(p.supplied for p in found.parameters)
     assert found.parameters[1].text == "What stands between, if anything."
 
 
@@ -324,8 +325,10 @@ def test_signature_of_a_module_that_exports_nothing(write):
     method = catalogue.read(write(GOOD.split("from __future__")[0]))
     with pytest.raises(BadInput, match="__all__"):
         explain.signature(method)
-    method = catalogue.read(write(GOOD.replace("class Echo", "class Other")))
-    with pytest.raises(BadInput, match="is not defined"):
+    method = catalogue.read(
+        write(GOOD.replace("class Echo", "class Other").replace("def echo_step", "def other"))
+    )
+    with pytest.raises(BadInput, match="names nothing"):
         explain.signature(method)
 
 

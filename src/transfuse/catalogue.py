@@ -168,19 +168,22 @@ def find(slug: str) -> Method:
 def get(slug: str) -> Any:
     """Import the method called `slug` and return its main object, a class or a function.
 
-    The main object is the name in the module's `__all__` that spells the slug (`CKPlug` for `ck-plug`; case
-    and punctuation do not count), or else the first name there.
+    The main object is the class or function in the module's `__all__` that spells the slug (`CKPlug` for
+    `ck-plug`; case and punctuation do not count), or else the first one there that the module itself defines.
 
     Raises:
         BadInput: there is no such method.
     """
     method = find(slug)
     module = importlib.import_module(method.module)
-    return getattr(module, main_name(method.slug, module.__all__))
+    own = [
+        name for name in module.__all__ if getattr(vars(module)[name], "__module__", None) == module.__name__
+    ]
+    return vars(module)[main_name(method.slug, own)]
 
 
 def main_name(slug: str, names: list[str]) -> str:
-    """Which of a module's public `names` is the method itself; see `get`."""
+    """Which of the public `names` that a module defines is the method itself; see `get`."""
 
     def letters(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())

@@ -22,12 +22,18 @@ SUPPLIED = ("model", "tokenizer", "method", "output", "scratch", "seed")  # as i
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument: name, annotation and default as written (None if required), and its text."""
+    """One argument: name, annotation and default as written (None if required), its text, how it is given."""
 
     name: str
     annotation: str
     default: str | None
     text: str
+    positional: bool = False
+
+    @property
+    def supplied(self) -> bool:
+        """Whether a family's `transfer` fills it in (the model, ...): positional and without default."""
+        return self.positional and self.default is None
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def recipe(slug: str) -> str:
     lines = [f"# {method.title}", f"# moves: {method.moves}"]
     if method.arxiv:
         lines.append(f"# paper: https://arxiv.org/abs/{method.arxiv}")
-    own = [p for p in found.parameters if p.name not in ("model", "tokenizer")]
+    own = [p for p in found.parameters if not p.supplied]
     node = [f"uses: {method.slug}", *_block("with", [line for p in own for line in _entry(p)])]
     family = _transfer(method)
     if family is None:
@@ -149,17 +155,15 @@ def signature(method: Method) -> Signature:
     """
     place = f"{method.path.parent.name}/{method.path.name}"
     tree = ast.parse(method.path.read_text(encoding="utf-8"))
-    names = _exports(tree)
+    names = [name for name in _exports(tree) if _definition(tree, name)]
     if not names:
-        raise BadInput(f"{place}: __all__", names, "names nothing", "list the public names of the module")
+        remedy = "list the public names of the module, a class or function of its own among them"
+        raise BadInput(f"{place}: __all__", _exports(tree), "names nothing that is defined there", remedy)
     name = catalogue.main_name(method.slug, names)
     node = _definition(tree, name)
-    if node is None:
-        raise BadInput(
-            f"{place}: __all__", name, "is not defined in the module", "define it as a class or function"
-        )
     if isinstance(node, ast.ClassDef):
         return Signature(name, "class", tuple(_of_class(node, tree, method.path)))
+    assert isinstance(node, ast.FunctionDef)
     return Signature(name, "function", tuple(_of_function(node, ast.get_docstring(node) or "", tree)))
 
 
@@ -188,8 +192,12 @@ def _of_class(node: ast.ClassDef, tree: ast.Module, path: Path) -> list[Paramete
     for base in reversed(node.bases):
         if isinstance(base, ast.Name) and (found := _base(base.id, tree, path)):
             inherited = [*inherited, *_of_class(*found)]
-    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+    decorators = [
+        text for decorator in node.decorator_list if "dataclass" in (text := ast.unparse(decorator))
+    ]
+    if not decorators:
         return inherited
+    positional = "kw_only=True" not in decorators[0]
     described = _described(texts)
     own = [
         Parameter(
@@ -197,6 +205,7 @@ def _of_class(node: ast.ClassDef, tree: ast.Module, path: Path) -> list[Paramete
             _source(item.annotation, tree),
             None if item.value is None else _source(item.value, tree),
             described.get(item.target.id, ""),
+            positional,
         )
         for item in node.body
         if isinstance(item, ast.AnnAssign)
@@ -240,6 +249,7 @@ def _of_function(node: ast.FunctionDef, docstring: str, tree: ast.Module) -> lis
             _source(argument.annotation, tree) if argument.annotation else "Any",
             None if default is None else _source(default, tree),
             described.get(argument.arg, ""),
+            argument in plain,
         )
         for argument, default in pairs
         if argument.arg not in ("self", "cls")
