@@ -1,0 +1,128 @@
+"""Whole comparisons on a tiny model: records, resuming, failures, kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from transfuse.compare import compare
+from transfuse.core.files import read_tensors
+
+KILLS = int(os.environ.get("TRANSFUSE_KILLS", "2"))
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def test_a_comparison_from_start_to_report(recipe, tmp_path):
+    adapter = {"uses": "lora", "with": {"epochs": 1, "rehearsal": 0.0, "batch_size": 2}}
+    broken = {"uses": "lora", "name": "broken", "with": {"target_modules": ["nothing"]}}
+    path = recipe(carriers=["bm25-context", adapter, broken, "ft-m"])
+    records = {r["carrier"]: r for r in compare(path, quiet=True)}
+    out = tmp_path / "out"
+    assert list(records) == ["none", "gold-context", "bm25-context", "lora", "broken", "ft-m"]
+    assert [r["carrier"] for r in lines(out)] == list(records)
+    assert records["broken"]["status"] == "failed" and "nothing" in records["broken"]["reason"]
+    done = {name: r for name, r in records.items() if r["status"] == "done"}
+    assert set(done) == set(records) - {"broken"}
+    base = done["none"]
+    assert base["locality"]["all"]["mean"] == 1.0 and base["perplexity_ratio"] == 1.0
+    assert done["gold-context"]["locality"]["all"]["mean"] == 1.0  # neighbours are asked without context
+    assert done["gold-context"]["tokens_read"] > base["tokens_read"]
+    for name, r in done.items():
+        folder = out / r["folder"]
+        assert (folder / "transfuse.json").is_file() and (folder / "README.md").is_file(), name
+        assert r["recall"]["paraphrase"]["n"] == 2 and r["locality"]["neighbours"]["n"] == 3
+        assert r["latency_seconds"]["mean"] > 0 and r["install_peak_bytes"] > 1e7
+    assert list((out / "carriers" / "lora" / "adapter").glob("*.safetensors"))
+    assert list((out / "carriers" / "ft-m" / "edit").glob("*.safetensors"))
+    assert base["stored_bytes"] == 0 and done["lora"]["stored_bytes"] > 0
+    page = (out / "report.html").read_text()
+    assert "broken" in page and "failed" in page
+
+    before = (out / "carriers" / "lora" / "record.json").stat().st_mtime_ns
+    started = time.perf_counter()
+    again = {r["carrier"]: r for r in compare(recipe(carriers=["bm25-context", adapter, "ft-m"]), quiet=True)}
+    assert (out / "carriers" / "lora" / "record.json").stat().st_mtime_ns == before
+    assert again["lora"]["recall"] == records["lora"]["recall"]
+    assert time.perf_counter() - started < 15
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_other_arguments_are_another_run(recipe, tmp_path):
+    compare(recipe(carriers=["bm25-context"]), quiet=True)
+    record = tmp_path / "out" / "carriers" / "bm25-context" / "record.json"
+    before = record.stat().st_mtime_ns
+    compare(recipe(carriers=[{"uses": "bm25-context", "with": {"k": 2}}]), quiet=True)
+    assert record.stat().st_mtime_ns > before
+
+
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from transfuse.cli import main; raise SystemExit(main(sys.argv[1:]))",
+]
+
+
+def start(path: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*COMMAND, "compare", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_killed_at_random_moments(recipe, tmp_path):
+    adapter = {"uses": "lora", "with": {"epochs": 4, "rehearsal": 1.0, "batch_size": 2}}
+    path = recipe(carriers=["bm25-context", adapter, "grace"])
+    rng = random.Random(7)
+    for _ in range(KILLS):
+        process = start(path)
+        time.sleep(rng.uniform(1.0, 14.0))
+        process.kill()
+        process.communicate()
+        for file in (tmp_path / "out").rglob("*.safetensors"):
+            if ".tmp" not in str(file):
+                read_tensors(file)
+        if (tmp_path / "out" / "records.jsonl").exists():
+            lines(tmp_path / "out")
+    process = start(path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert {r["carrier"]: r["status"] for r in lines(tmp_path / "out")} == dict.fromkeys(
+        ["none", "gold-context", "bm25-context", "lora", "grace"], "done"
+    )
+    assert "report:" in out
+
+
+def test_interrupt_keeps_what_is_done(recipe, tmp_path):
+    path = recipe(carriers=["bm25-context", "lora"])
+    process = start(path)
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("gold-context"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [r["carrier"] for r in lines(tmp_path / "out")][:2] == ["none", "gold-context"]
+
+
+def test_two_comparisons_in_one_folder_are_refused(recipe, tmp_path):
+    import fcntl
+
+    from transfuse.core.errors import BadInput
+
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "a+b") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match="in use"):
+            compare(recipe(), quiet=True)
