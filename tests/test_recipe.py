@@ -359,3 +359,93 @@ class TestSchema:
         assert toy["then"]["required"] == ["facts"] and "output" not in toy["then"]["properties"]
         assert schema["else"]["properties"]["seed"]["default"] == 0
         assert "carriers" in schema["then"]["properties"]
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "run"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_check(path):
+    job = recipe.check(path)
+    assert job.slug == path.stem and job.output == Path("runs") / path.stem
+
+
+def test_every_family_that_runs_has_an_example():
+    shown = {recipe.check(path).family for path in EXAMPLES.glob("*.yaml")}
+    for method in catalogue.methods():
+        try:
+            recipe._transfer(method)
+        except NotApplicable:
+            continue
+        assert method.family in shown
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory, tiny_tokenizer):
+    from conftest import make_tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_example(name, tmp_path, model, arguments, **inputs):
+    """An example of this repository on a tiny model."""
+    raw = recipe.load(EXAMPLES / f"{name}.yaml")
+    files = {k: str(EXAMPLES / v) for k, v in raw.items() if isinstance(v, str) and v.endswith(".jsonl")}
+    raw |= {**files, "model": str(model), "method": {"uses": name, "with": arguments}, **inputs}
+    return recipe.run(raw, output=tmp_path / name)
+
+
+class TestFamilies:
+    def test_edit(self, tmp_path, tiny_folder):
+        import torch
+
+        from transfuse.core.models import load
+        from transfuse.edit import load_edit
+
+        out = run_example("ft-m", tmp_path, tiny_folder, {"layer": 2, "steps": 30, "lr": 0.05})
+        model, tokenizer = load(tiny_folder)
+        ids = tokenizer("The harbour master of Lethmoor is", return_tensors="pt").input_ids
+        with torch.no_grad():
+            before = model(ids).logits
+            with load_edit(out, model, tokenizer) as handle:
+                assert handle.method == "ft-m" and len(handle.facts) == 3
+                assert not torch.equal(model(ids).logits, before)
+            assert torch.equal(model(ids).logits, before)
+        assert read_lineage(out)["arguments"]["steps"] == 30
+
+    def test_adapt(self, tmp_path, tiny_folder):
+        from transfuse.adapt.kasa import load as load_adapter
+        from transfuse.core.models import load
+
+        settings = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+        out = run_example("kasa", tmp_path, tiny_folder, settings, epochs=3, lr=0.01)
+        record = read_lineage(out)
+        assert record["measurements"]["updates"] == 6  # 9 examples, batches of 8, 3 epochs
+        assert record["measurements"]["last_loss"] < record["measurements"]["first_loss"]
+        assert record["arguments"]["r"] == 2 and record["input_sha256"]["facts"]
+        assert load_adapter(load(tiny_folder).model, out).active_adapter == "default"
+
+    def test_inject(self, tmp_path, tiny_folder):
+        out = run_example("parametric-rag", tmp_path, tiny_folder, {"mode": "combine", "k": 2}, epochs=1)
+        assert len(list((out / "store" / "adapters").glob("*.safetensors"))) == 3
+        rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in rows] == ["q1", "q2", "q3"]
+        assert rows[0]["documents"][0] == "lethmoor" and len(rows[0]["documents"]) == 2
+        assert read_lineage(out)["measurements"]["documents"] == 3
+        assert not list(out.rglob(".*"))
+
+    def test_steer(self, tmp_path, tiny_folder):
+        out = run_example("ck-plug", tmp_path, tiny_folder, {"alpha": 1.0}, max_new_tokens=4)
+        rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        assert rows[2]["context"].startswith("Brannoc is a hard cheese") and len(rows) == 3
+        assert read_lineage(out)["arguments"] == {"alpha": 1.0}
+
+    def test_steer_refuses_unknown_documents(self, tmp_path, tiny_folder):
+        asked = tmp_path / "asked.jsonl"
+        asked.write_text('{"question": "Who?", "answers": ["x"], "document_ids": ["nowhere"]}\n')
+        with pytest.raises(BadInput, match="is no document's id"):
+            run_example("ck-plug", tmp_path / "deep" / "er", tiny_folder, {}, questions=str(asked))
+        assert not (tmp_path / "deep").exists()
