@@ -31,7 +31,16 @@ HOMES = {
     "manual_seed": "core/training.py",
     "manual_seed_all": "core/training.py",
 }
-OPTIONAL = {"lancedb", "bm25s", "sentence_transformers", "openai", "lmformatenforcer", "matplotlib", "jinja2"}
+OPTIONAL = {
+    "lancedb",
+    "bm25s",
+    "sentence_transformers",
+    "openai",
+    "llguidance",
+    "jsonschema",
+    "matplotlib",
+    "jinja2",
+}
 PICKLE = {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "np.load", "numpy.load"}
 

@@ -16,7 +16,16 @@ import transfuse
 
 PACKAGE = Path(transfuse.__file__).parent
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pandas", "rich", "matplotlib"}
-OPTIONAL = ["lancedb", "bm25s", "sentence_transformers", "openai", "lmformatenforcer", "matplotlib", "jinja2"]
+OPTIONAL = [
+    "lancedb",
+    "bm25s",
+    "sentence_transformers",
+    "openai",
+    "llguidance",
+    "jsonschema",
+    "matplotlib",
+    "jinja2",
+]
 LIGHT = [
     "transfuse",
     "transfuse.catalogue",

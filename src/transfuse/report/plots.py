@@ -100,6 +100,7 @@ def _pareto(rows: Sequence[Row], context: Mapping[str, Any]) -> Figure:
         _mark(axes, mark.row, mark.x, mark.y)
         axes.text(mark.label.x, mark.label.y, mark.label.text, ha="center", va="center", fontsize=9, zorder=6,
                   fontweight="bold" if mark.row.recommended else "normal",
+                  bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1},
                   path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
     _legend(axes, scene)
     return figure
