@@ -38,14 +38,13 @@ def by_hand(model, tokenizer, batches, name, *, lr, steps, loss, limit=None):
     model = copy.deepcopy(model)
     weight = model.get_parameter(name)
     start = weight.detach().clone()
-    m, v, count = torch.zeros_like(weight), torch.zeros_like(weight), 0
-    for step in range(steps * len(batches)):
+    m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+    for count in range(1, steps * len(batches) + 1):
         losses = []
-        for fact in batches[step % len(batches)]:
+        for fact in batches[(count - 1) % len(batches)]:
             prompt, target = encode_pair(tokenizer, fact.prompt, fact.target)
             losses.append(loss(model, prompt, target))
         gradient = torch.autograd.grad(sum(losses) / len(losses), weight)[0]
-        count += 1
         m = 0.9 * m + 0.1 * gradient
         v = 0.999 * v + 0.001 * gradient * gradient
         with torch.no_grad():
@@ -122,12 +121,12 @@ def test_the_fact_is_learned_in_one_weight(tiny_lm, tiny_tokenizer):
 def test_bfloat16_keeps_small_steps(tiny_lm, tiny_tokenizer):
     """Steps of 1e-5 are far below bf16's resolution of these weights: only a float32 copy sums them up."""
     model = tiny_lm("llama").to(torch.bfloat16)
-    editor, facts = make(lr=1e-5, steps=100, batch_size=2)
+    editor, facts = make(lr=1e-5, steps=60, batch_size=2)
     name = down_projection(model, 1) + ".weight"
     new = editor.fit(model, tiny_tokenizer, facts).replaced[name]
     assert new.dtype == torch.bfloat16
     moved = (new.float() - model.get_parameter(name).float()).abs()
-    assert 1e-4 < moved.mean() < 1.1e-3
+    assert 1e-4 < moved.mean() < 7e-4
 
 
 def test_default_layer_is_at_two_thirds(tiny_lm):

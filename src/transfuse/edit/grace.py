@@ -249,16 +249,28 @@ def _chunks(served: Mapping[int, Sequence[_Case]], size: int) -> list[list[int]]
 
 
 def _observe(model: PreTrainedModel, block: str, module: str, prompt: list[int], target: list[int]) -> _Case:
-    """Run the model up to the layer, on one row without padding: the same prompt gives the same key, bitwise."""
-    ids = torch.tensor([prompt + target[:-1]], device=model.device)
+    """Run the model up to the layer, on single rows without padding.
+
+    The key is taken from the prompt alone: the same prompt then gives the same key, bitwise, whatever its target.
+    """
+    key, hidden, width = _inputs(model, block, module, prompt)
+    if len(target) > 1:
+        _, hidden, _ = _inputs(model, block, module, prompt + target[:-1])
+    return _Case(prompt + target[:-1], target, hidden, key, width)
+
+
+def _inputs(
+    model: PreTrainedModel, block: str, module: str, row: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The layer's input at the last token `[m]`, the block's input `[1, T, width]`, the layer's output width d."""
+    ids = torch.tensor([row], device=model.device)
     with (
         torch.no_grad(),
         taps.capture(model, [block, module], inputs=True) as into,
         taps.capture(model, module, stop=True) as out,
     ):
         out.run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    key = into[module].reshape(ids.shape[1], -1)[len(prompt) - 1].float()
-    return _Case(prompt + target[:-1], target, into[block], key, out[module].shape[-1])
+    return into[module].reshape(len(row), -1)[-1].float(), into[block], out[module].shape[-1]
 
 
 def _forced(
