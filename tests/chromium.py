@@ -22,6 +22,12 @@ QUIET = (
 )  # fmt: skip
 
 
+FONTS = """<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig><dir>{fonts}</dir><cachedir>{cache}</cachedir></fontconfig>
+"""
+
+
 def find() -> str:
     """Path of the browser. A machine without one fails the tests: the report has to be seen in a real one."""
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -38,6 +44,12 @@ class Chromium:
     def __init__(self) -> None:
         program = find()
         self.profile = tempfile.mkdtemp(prefix="chromium-")
+        # A bare machine has no fonts at all, and every other one has its own: matplotlib brings a (wide) one.
+        import matplotlib
+
+        fonts = Path(self.profile, "fonts.conf")
+        shipped = Path(matplotlib.get_data_path(), "fonts", "ttf")
+        fonts.write_text(FONTS.format(fonts=shipped, cache=Path(self.profile, "fonts")))
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         # The browser reads commands on descriptor 3 and writes on 4.
@@ -46,13 +58,13 @@ class Chromium:
             ["bash", "-c", launch, "bash", str(to_browser), str(from_browser), program, *QUIET,
              f"--user-data-dir={self.profile}", "--remote-debugging-pipe", "about:blank"],
             pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            start_new_session=True, env={**os.environ, "FONTCONFIG_FILE": str(fonts)},
         )  # fmt: skip
         os.close(to_browser)
         os.close(from_browser)
         self._count, self._buffer, self.session = 0, b"", None
         self.events: list[dict] = []
-        [page] = [t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page"]
+        page = self.send("Target.createTarget", url="about:blank")
         attached = self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log", "Audits"):
