@@ -28,9 +28,13 @@ from transfuse.core.training import fit, generator, pad_collator, seeded
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 
 
-def make(tiny_lm, **options):
-    """A tiny model with adapters, for the contract of the family."""
-    return kasa(tiny_lm("llama", layers=2), **{"r": 4, **options})
+def make(base, **options):
+    """`base` with small adapters, for the contract of the family."""
+    return kasa(base, **{"r": 4, **options})
+
+
+def made(tiny_lm, **options):
+    return make(tiny_lm("llama", layers=2), **options)
 
 
 def rows(count=12):
@@ -53,7 +57,7 @@ def same(a, b):
 
 
 def trained(tiny_lm, **options):
-    model = make(tiny_lm, **options)
+    model = made(tiny_lm, **options)
     fit(model, rows(), lr=1e-2, epochs=4, batch_size=4)
     return model
 
@@ -207,7 +211,7 @@ def test_forward_is_the_formula(tiny_lm):
 
 
 def test_only_the_adapter_trains(tiny_lm):
-    model = make(tiny_lm)
+    model = made(tiny_lm)
     before = state(model)
     fit(model, rows(), lr=1e-2, epochs=2, batch_size=4)
     changed = {name for name, tensor in state(model).items() if not torch.equal(tensor, before[name])}
@@ -269,7 +273,7 @@ def test_restore_is_bitwise(tiny_lm, merged):
 
 
 def test_restore_needs_a_copy(tiny_lm):
-    model = make(tiny_lm, keep_base="none")
+    model = made(tiny_lm, keep_base="none")
     with pytest.raises(BadInput, match="keep_base"):
         restore(model)
     assert logits(model).isfinite().all()  # and leaves the model in use
@@ -299,10 +303,23 @@ def test_a_classifier_trains_its_head(tmp_path):
     assert same(state(restore(model)), before)
 
 
+def test_any_module_with_linear_layers(tmp_path):
+    with seeded(0):
+        base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 5))
+    before, x = state(base), torch.randn(3, 8, generator=generator(7))
+    model = kasa(base, r=2, target_modules=["0", "2"])
+    expected = torch.tanh(x @ truncate(before["0.weight"], 2).world.T + before["0.bias"])
+    expected = expected @ truncate(before["2.weight"], 2).world.T + before["2.bias"]
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    with pytest.raises(BadInput, match="target_modules"):
+        kasa(restore(model), r=2)  # no architecture to take a default from
+    assert same(state(base), before)
+
+
 def test_same_seed_same_adapter(tiny_lm):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one, two, other = make(tiny_lm, seed=3), make(tiny_lm, seed=3), make(tiny_lm, seed=4)
+    one, two, other = made(tiny_lm, seed=3), made(tiny_lm, seed=3), made(tiny_lm, seed=4)
     assert torch.equal(before, torch.get_rng_state())
     assert same(state(one), state(two))
     assert not same(state(one), state(other))
@@ -354,7 +371,7 @@ def test_regularizer_values(tiny_lm):
 
 
 def test_the_models_loss_includes_it_in_training_only(tiny_lm):
-    model = make(tiny_lm, beta=0.5, gamma=0.25)
+    model = made(tiny_lm, beta=0.5, gamma=0.25)
     collate = pad_collator(0)
     batch = collate(rows(4))
     plain = model.eval()(**batch).loss.item()
@@ -374,7 +391,7 @@ def test_a_plain_trainer_includes_it(tmp_path, tiny_lm, accumulation):
     once."""
 
     def run(beta, gamma):
-        model = make(tiny_lm, beta=beta, gamma=gamma)
+        model = made(tiny_lm, beta=beta, gamma=gamma)
         penalty = kasa_regularizer(model).item()
         args = TrainingArguments(
             output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True,
@@ -389,7 +406,7 @@ def test_a_plain_trainer_includes_it(tmp_path, tiny_lm, accumulation):
 
 
 def test_regularizer_pulls_towards_orthonormal_factors(tiny_lm):
-    model = make(tiny_lm, beta=0.0, gamma=10.0, dropout=0.1)
+    model = made(tiny_lm, beta=0.0, gamma=10.0, dropout=0.1)
     start = kasa_regularizer(model).item()
     fit(model, rows(), lr=2e-2, epochs=30, batch_size=12, schedule="constant")
     assert kasa_regularizer(model).item() < 0.3 * start
@@ -467,7 +484,7 @@ def test_load_refuses(tmp_path, tiny_lm):
     before = state(base)
     with pytest.raises(BadInput, match=r"adapter_config\.json"):
         load(base, tmp_path)
-    save(make(tiny_lm), tmp_path / "a")
+    save(made(tiny_lm), tmp_path / "a")
     config = tmp_path / "a" / "adapter_config.json"
     stored = json.loads(config.read_text())
     config.write_text(json.dumps({**stored, "kasa_config": None}))

@@ -46,20 +46,20 @@ Targets = str | Sequence[str] | None
 ones."""
 
 
-def target_names(model: PreTrainedModel, targets: Targets) -> str | list[str]:
+def target_names(model: nn.Module, targets: Targets) -> str | list[str]:
     """`targets` as PEFT's configuration takes them: "all-linear" and None spelt out.
 
     Raises:
         BadInput: empty, or None for an architecture without usual targets.
     """
     if targets == "all-linear":
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         names = {
             n for n, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
         }
         return sorted({name.rpartition(".")[2] for name in names})
     if targets is None:
-        kind = model.config.model_type
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if kind not in DEFAULT_TARGETS:
             raise BadInput(
                 "target_modules", None, f"has no default for {kind}", "name the linear layers to adapt"
@@ -115,7 +115,7 @@ def _plain(weight: Any) -> bool:
     return type(weight) is nn.Parameter and type(weight.data) is torch.Tensor and weight.is_floating_point()
 
 
-def task_type(model: PreTrainedModel) -> str | None:
+def task_type(model: nn.Module) -> str | None:
     """PEFT's name of the model's task, by its class; None for one without a head."""
     kinds = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
     return next((kind for end, kind in kinds.items() if type(model).__name__.endswith(end)), None)

@@ -134,7 +134,7 @@ def truncate(weight: torch.Tensor, rank: int) -> Truncated:
 
 
 def kasa(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     *,
     r: int = 8,
     alpha: float = 16,
@@ -151,7 +151,8 @@ def kasa(
     """Truncate a model's weights in place and put KaSA adapters on them.
 
     Args:
-        model: Its target weights change; `restore` brings them back.
+        model: A transformers model, or any module with linear layers (name them in `target_modules`). Its
+            target weights change; `restore` brings them back.
         r: Rank of the update.
         alpha: The update is scaled by alpha / r.
         target_modules: Names or endings of linear layers, a regular expression, or "all-linear"; None takes
@@ -208,7 +209,7 @@ def _check_base(model: Any) -> None:
 
 
 def _attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     config: LoraConfig,
     settings: Settings,
     *,
@@ -255,7 +256,7 @@ def _attach(
     return adapted
 
 
-def restore(model: PeftModel) -> PreTrainedModel:
+def restore(model: PeftModel) -> Any:
     """Take the adapters off and put the weights from before truncation back, bit for bit.
 
     Works on merged models too. Modules trained whole (`modules_to_save`) go back as well, and parameters
@@ -309,7 +310,7 @@ def save(model: PeftModel, folder: str | os.PathLike[str]) -> Path:
 
 
 def load(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     folder: str | os.PathLike[str],
     *,
     keep_base: Literal["copy", "none"] = "copy",
@@ -361,7 +362,7 @@ def load(
 
 
 def spectral_report(
-    model: PreTrainedModel | PeftModel, *, rank: int | None = None, target_modules: Targets = None
+    model: PreTrainedModel | nn.Module, *, rank: int | None = None, target_modules: Targets = None
 ) -> list[LayerSpectrum]:
     """What truncation drops, layer by layer: on a model that `kasa` adapted, or on one before it is.
 
@@ -373,7 +374,7 @@ def spectral_report(
     Raises:
         BadInput: `rank` is not below a layer's smaller side.
     """
-    inner = model.base_model.model if isinstance(model, PeftModel) else model
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
     spectra = {
         name: layer.record.singular_values
         for name, layer in inner.named_modules()
