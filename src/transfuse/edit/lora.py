@@ -30,6 +30,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -252,6 +253,7 @@ def _insert(model: PreTrainedModel, config: Mapping[str, Any], name: str, *, tra
         ):  # PEFT warns of a second adapter, and of Conv1D's layout, which it handles
             warnings.simplefilter("ignore")
             tuner = (AdaLoraModel if config["adaptive"] else LoraModel)(model, made, name)
+        cast_adapter_dtype(model, name)
         for layer in _layers(model, name):
             layer.set_adapter([*before.get(id(layer), []), name], inference_mode=True)
             layer.train(layer.get_base_layer().training)
