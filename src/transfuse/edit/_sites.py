@@ -76,8 +76,9 @@ def edit_of(updates: Sequence[tuple[Site, torch.Tensor, torch.Tensor]]) -> Weigh
 
     Factors are laid out contiguously, so that a stored edit gives the same sums, bit by bit, when loaded.
     """
-    low_rank = {}
+    low_rank: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for site, left, right in updates:
         pair = (right.T, left.T) if site.transposed else (left, right)
-        low_rank[site.weight] = tuple(t.detach().to("cpu", torch.float32).contiguous() for t in pair)
+        first, second = (t.detach().to("cpu", torch.float32).contiguous() for t in pair)
+        low_rank[site.weight] = first, second
     return WeightEdit(low_rank=low_rank)

@@ -38,7 +38,7 @@ class Covariance(NamedTuple):
     """
 
     matrix: torch.Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
 
 
 def covariance(
