@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import socket
 import time
 from pathlib import Path
 
@@ -252,11 +254,11 @@ def regression(count: int = 44):
     return torch.utils.data.TensorDataset(x, x.sum(-1))
 
 
-def run_loop(folder=None, *, save_every=3, net=None, stop_at=None, batch_size=4, **options):
+def run_loop(folder=None, *, save_every=3, net=None, stop_at=None, batch_size=4, shuffle=True, **options):
     net = net or Net()
     rule = torch.optim.AdamW(net.parameters(), lr=1e-2)
     plan = torch.optim.lr_scheduler.LinearLR(rule, total_iters=30)
-    batches = torch.utils.data.DataLoader(regression(), batch_size=batch_size, shuffle=True)
+    batches = torch.utils.data.DataLoader(regression(), batch_size=batch_size, shuffle=shuffle)
 
     def watch(done, loss):
         if done == stop_at:
@@ -523,7 +525,9 @@ def test_fit_refuses_what_cannot_be_trained(tiny_lm, tmp_path):
         fit(model.requires_grad_(False), rows(4), lr=1e-3, epochs=1)
 
 
-# --- kill -9 -----------------------------------------------------------------------------------------------
+# --- kill -9, several processes ----------------------------------------------------------------------------
+
+PRELOADED = ["accelerate", "transfuse.core.trainer", "transfuse.core.training", "conftest"]
 
 
 def child(kind: str, folder: Path) -> None:
@@ -538,13 +542,13 @@ def child(kind: str, folder: Path) -> None:
         batches = torch.utils.data.DataLoader(regression(), batch_size=4, shuffle=True)
 
         def step(batch):
-            time.sleep(0.004)
+            time.sleep(0.002)
             return torch.nn.functional.mse_loss(net(batch[0]), batch[1])
 
-        loop(net, batches, step, optimizer=rule, epochs=15, output_dir=folder / "run", save_every=3)
+        loop(net, batches, step, optimizer=rule, epochs=8, output_dir=folder / "run", save_every=3)
     else:
         net = make_tiny("gpt2", layers=1)
-        fit(net, rows(22), lr=1e-3, epochs=15, batch_size=4, output_dir=folder / "run", save_every=3)
+        fit(net, rows(22), lr=1e-3, epochs=10, batch_size=4, output_dir=folder / "run", save_every=3)
     write_tensors(folder / "final.safetensors", {n: p.clone() for n, p in net.state_dict().items()})
 
 
@@ -552,9 +556,7 @@ def child(kind: str, folder: Path) -> None:
 def test_kill_minus_nine(tmp_path, kind):
     """Killed at random moments and started again, it ends with the weights of an uninterrupted run."""
     context = multiprocessing.get_context("forkserver")  # one import of torch for all the processes
-    context.set_forkserver_preload(
-        ["accelerate", "transfuse.core.trainer", "transfuse.core.training", "conftest"]
-    )
+    context.set_forkserver_preload(PRELOADED)
 
     def start(folder: Path):
         process = context.Process(target=child, args=(kind, folder))
@@ -571,7 +573,7 @@ def test_kill_minus_nine(tmp_path, kind):
     finish(tmp_path / "whole")  # the first one also starts the server
     duration = finish(tmp_path / "timed")
     hurt, draw, moments = tmp_path / "hurt", random.Random(kind), set()
-    for _ in range(10):
+    for _ in range(8):
         process = start(hurt)
         time.sleep(draw.random() * duration * 0.7)
         process.kill()
@@ -584,3 +586,34 @@ def test_kill_minus_nine(tmp_path, kind):
     assert equal(expected, read_tensors(tmp_path / "timed" / "final.safetensors")[0])
     assert equal(expected, read_tensors(hurt / "final.safetensors")[0])
     assert not [p for p in hurt.rglob("*") if ".tmp" in p.name and p.parent.name == "run"]
+
+
+def shared(rank: int, port: int, folder: Path) -> None:
+    """One of two processes that train together."""
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"})
+    net, history = run_loop(folder / "run", net=linear(), accumulation=1, shuffle=False)
+    assert history.steps == 18
+    write_tensors(folder / f"{rank}.safetensors", dict(net.state_dict()))
+
+
+def test_two_processes_equal_accumulation(tmp_path):
+    expected, _ = run_loop(net=linear(), accumulation=2, shuffle=False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    pair = [context.Process(target=shared, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(120)
+        assert process.exitcode == 0
+    for rank in (0, 1):
+        found, _ = read_tensors(tmp_path / f"{rank}.safetensors")
+        assert all(
+            torch.allclose(found[name], value, atol=1e-6) for name, value in expected.state_dict().items()
+        )
