@@ -18,6 +18,7 @@ import yaml
 
 from .. import __version__
 from ..core.errors import BadInput, CorruptFile, NotApplicable, Unavailable
+from ..core.extras import require
 from ..core.fields import check_arguments, from_mapping
 from ..core.files import atomic_write, check_writable, sha256_json
 from ..core.records import slug_of
@@ -72,6 +73,8 @@ def compare(
     folder = check_writable(checked.output).resolve()
     job = read_job(checked, base, folder)
     plans = _plans(checked, job)
+    require("matplotlib", extra="report")  # now, not after an hour of measuring
+    require("jinja2", extra="report")
     _check_model(checked)
     if not any(plan.refused is None for plan in plans):
         raise BadInput(

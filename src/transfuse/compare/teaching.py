@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,21 +18,36 @@ from ..core.generate import generate_texts, predicted_tokens
 from ..core.training import encode_examples, fit
 from .answerer import Answerer, Plain
 from .carriers import Bench, Carrier, write_documents
-from .job import Knowledge
+from .job import Knowledge, bundled
 
 __all__: list[str] = []
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-REHEARSED = 8  # tokens of the model's own answers that are rehearsed
+CONTRASTS = 3  # other subjects per taught wording
+REHEARSED = 6  # tokens of the model's own answers that are rehearsed
+
+
+def rehearsal_prompts(bench: Bench) -> list[str]:
+    """Prompts whose answers must stay: the anchors, and the taught wordings with other subjects in them.
+
+    The second kind teaches that an answer belongs to its subject, not to the shape of the sentence. None of the
+    prompts that locality is measured on is among them.
+    """
+    tested = {n for item in bench.knowledge.items for n in item.neighbours} | {p for p, _ in bench.job.known}
+    names = bundled("subjects.txt").splitlines()
+    draw = random.Random(bench.seed)
+    prompts = list(bench.job.anchors)
+    for lesson in bench.knowledge.lessons:
+        for wording in (lesson.prompt, *lesson.paraphrases):
+            if lesson.subject and lesson.subject in wording:
+                prompts += [wording.replace(lesson.subject, name) for name in draw.sample(names, CONTRASTS)]
+    return [prompt for prompt in dict.fromkeys(prompts) if prompt not in tested]
 
 
 def rehearsal_rows(bench: Bench) -> list[dict[str, Any]]:
-    """Anchors with the answers the untouched model gives to them, marked as rehearsal.
-
-    Anchors are prompts about other things; none of the prompts that locality is measured on is among them.
-    """
-    tested = {n for item in bench.knowledge.items for n in item.neighbours} | {p for p, _ in bench.job.known}
-    prompts = [bench.prompts(anchor) for anchor in bench.job.anchors if anchor not in tested]
+    """Rehearsal prompts with the answers the untouched model gives to them, in random order."""
+    prompts = [bench.prompts(prompt) for prompt in rehearsal_prompts(bench)]
+    random.Random(bench.seed).shuffle(prompts)
     answers = generate_texts(bench.model, bench.tokenizer, prompts, max_new_tokens=REHEARSED, batch_size=48)
     own = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.strip()]
     return [{**row, "rehearsal": True} for row in encode_examples(bench.tokenizer, own)]
@@ -86,7 +102,7 @@ class _Adapter(Carrier):
 
     def __init__(
         self, *, rank: int = 8, alpha: int = 16, lr: float = 1e-3, epochs: int = 10, rehearsal: float = 1.0,
-        kl_weight: float = 3.0, batch_size: int = 24, target_modules: list[str] | None = None,
+        kl_weight: float = 2.0, batch_size: int = 12, target_modules: list[str] | None = None,
     ):  # fmt: skip
         self.rank, self.alpha, self.lr, self.epochs = rank, alpha, lr, epochs
         self.rehearsal, self.kl_weight, self.batch_size = rehearsal, kl_weight, batch_size
@@ -148,7 +164,7 @@ class KaSA(_Adapter):
 
     def __init__(
         self, *, beta: float = 1e-4, gamma: float = 1e-3, rank: int = 8, alpha: int = 16, lr: float = 1e-3,
-        epochs: int = 10, rehearsal: float = 1.0, kl_weight: float = 3.0, batch_size: int = 24,
+        epochs: int = 10, rehearsal: float = 1.0, kl_weight: float = 2.0, batch_size: int = 12,
         target_modules: list[str] | None = None,
     ):  # fmt: skip
         super().__init__(
