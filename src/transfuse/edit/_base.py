@@ -107,7 +107,7 @@ class WeightEdit(Edit):
             change = left.to(weight.device, torch.float32) @ right.to(weight.device, torch.float32)
             if change.shape != weight.shape and change.T.shape == weight.shape:
                 change = change.T
-            updates[name] = (weight.detach().float() + self._fits(name, change, weight)).to(weight.dtype)
+            updates[name] = (self._fits(name, change, weight) + weight.detach()).to(weight.dtype)
         for name, value in self.replaced.items():
             updates[name] = self._fits(name, value, parameters[name]).to(
                 parameters[name].device, parameters[name].dtype

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..core.errors import BadInput
+from ..core.taps import decoder_layers
 from ._base import WeightEdit, editable
 from ._layers import block_name, depth, down_projection
 
@@ -49,17 +51,25 @@ class Site:
         return None if bias is None else bias.detach()
 
 
-def find_sites(model: PreTrainedModel, layers: Sequence[int], module: str | None = None) -> list[Site]:
+def find_sites(
+    model: PreTrainedModel, layers: Sequence[int], module: str | None = None, *, writing: bool = False
+) -> list[Site]:
     """The down-projections of blocks `layers`.
 
     Args:
         model: A decoder.
         layers: Numbers of blocks.
         module: Name of the down-projection inside a block; found by its usual names when None.
+        writing: Refuse the last block: what is written there at the subject reaches no later token.
 
     Raises:
         BadInput: no such block or module, or a weight that cannot be edited (quantized, tied, not a matrix).
     """
+    last = len(decoder_layers(model)) - 1
+    if writing and last in layers:
+        raise BadInput(
+            "layer", last, "is the last block, from which no later token is reached", "edit a lower one"
+        )
     return [_site(model, depth(model, layer, 0.0), module) for layer in layers]
 
 

@@ -121,7 +121,7 @@ def search(
         model: Inside `editing`.
         tokenizer: Its tokenizer.
         facts: E facts, searched in one batch; the result of each is that of a batch of one.
-        site: Where the value goes.
+        site: Where the value goes; not in the last block.
         key_site: Where keys are collected; a block at or below `site`.
         prefixes: Contexts; the first must be "".
         objective: Loss and limits.
@@ -245,7 +245,7 @@ def _upper(
     """Cache what every step shares. `entered` is the input of the site's block, `outs` its outputs."""
     blocks = decoder_layers(model)
     tupled = site.block in outs.tuples  # type: ignore[attr-defined]
-    above = site.index + 1 < len(blocks) and _additive(model, chunk, site, entered, outs, tupled)
+    above = _additive(model, chunk, site, entered, outs, tupled)
     index = site.index + above
     hidden, cut = outs[site.block] if above else entered, chunk.cut
     past: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()

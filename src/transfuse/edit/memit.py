@@ -77,17 +77,25 @@ def memit_update(
         solved = wide if factor is None else factor.solve(wide)  # C^-1 K
         inner = wide.T @ solved
         inner.diagonal().add_(lam)
-        right = Factor(_symmetric(inner)).solve(solved.T)  # (lam I + K^T C^-1 K)^-1 K^T C^-1
+        right = _factor(inner, lam).solve(solved.T)  # (lam I + K^T C^-1 K)^-1 K^T C^-1
     else:
         spread = torch.eye(width, dtype=wide.dtype, device=wide.device) if factor is None else factor.matrix
-        right = Factor(_symmetric(lam * spread + wide @ wide.T)).solve(wide).T
+        right = _factor(lam * spread + wide @ wide.T, lam).solve(wide).T
     if count > len(gap):
         return torch.eye(len(gap), dtype=gap.dtype, device=gap.device), gap @ right
     return gap, right
 
 
-def _symmetric(matrix: torch.Tensor) -> torch.Tensor:
-    return (matrix + matrix.T) / 2
+def _factor(matrix: torch.Tensor, lam: float) -> Factor:
+    try:
+        return Factor((matrix + matrix.T) / 2)
+    except BadInput as error:
+        raise BadInput(
+            "lam",
+            lam,
+            "is too small for keys that are linearly dependent",
+            "raise it, or edit each subject once",
+        ) from error
 
 
 class MEMIT(Editor):
@@ -141,7 +149,7 @@ class MEMIT(Editor):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
     ) -> None:
         super().check(model, tokenizer, facts)
-        find_sites(model, self._layers(model), self.module)
+        find_sites(model, self._layers(model), self.module, writing=True)
         check_number("lam", self.lam, least=0)
         check_number("ridge", self.ridge, least=0)
         check_number("prefixes", self.prefixes, least=0)
@@ -173,7 +181,7 @@ class MEMIT(Editor):
             TrainingDiverged: a search met NaN.
         """
         self.check(model, tokenizer, facts)
-        sites = find_sites(model, self._layers(model), self.module)
+        sites = find_sites(model, self._layers(model), self.module, writing=True)
         with editing(model):
             known = self._known.of(
                 model, tokenizer, sites, statistics=self.statistics, tokens=self.tokens, ridge=self.ridge,

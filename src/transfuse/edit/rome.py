@@ -126,7 +126,7 @@ class ROME(Editor):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
     ) -> None:
         super().check(model, tokenizer, facts)
-        find_sites(model, [depth(model, self.layer, DEPTH)], self.module)
+        find_sites(model, [depth(model, self.layer, DEPTH)], self.module, writing=True)
         check_number("ridge", self.ridge, least=0)
         check_number("prefixes", self.prefixes, least=0)
         self._objective().check()
@@ -150,7 +150,7 @@ class ROME(Editor):
             raise BadInput(
                 "facts", len(facts), "are edited one at a time", 'use edit(...), or method="memit"'
             )
-        (site,) = find_sites(model, [depth(model, self.layer, DEPTH)], self.module)
+        (site,) = find_sites(model, [depth(model, self.layer, DEPTH)], self.module, writing=True)
         with editing(model):
             known = self._known.of(
                 model, tokenizer, [site], statistics=self.statistics, tokens=self.tokens, ridge=self.ridge,
