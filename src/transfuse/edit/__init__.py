@@ -13,8 +13,17 @@ if TYPE_CHECKING:
 
     from ..core.data import Fact
     from ._base import EditHandle, Editor
+    from ._locate import Located, locate
 
-__all__ = ["edit", "editor", "load_edit", "transfer"]
+__all__ = ["Located", "edit", "editor", "load_edit", "locate", "transfer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Located", "locate"):  # on first use: they import torch
+        from . import _locate
+
+        return getattr(_locate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def editor(method: str, **hparams: Any) -> Editor:

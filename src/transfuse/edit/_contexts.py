@@ -17,7 +17,7 @@ from ..core.errors import BadInput
 from ..core.generate import check_length, encode_pair, pad_batch, pad_id_of
 from ..core.training import seeded
 
-__all__ = ["Chunk", "Row", "lay_out", "rows_of", "sample_ids", "sample_prefixes", "subject_token"]
+__all__ = ["Chunk", "Row", "encode", "lay_out", "rows_of", "sample_ids", "sample_prefixes", "subject_token"]
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 _LENGTHS = (5, 10)  # tokens of a prefix, opening word included
@@ -122,18 +122,23 @@ class Row:
     answer: list[int]
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> tuple[list[int], list[int], str]:
+    """Tokens of a prompt, tokens of its target, and a text whose tokens begin with the prompt's."""
+    text = text.rstrip(" ")
+    before, after = encode_pair(tokenizer, text, target)
+    joint = text + ("" if text[-1].isspace() else " ") + target.strip()
+    same = tokenizer(joint)["input_ids"][: len(before)] == before
+    return before, after, joint if same else text
+
+
 def rows_of(tokenizer: PreTrainedTokenizerBase, fact: Fact, prefixes: Sequence[str]) -> list[Row]:
     """The fact after each prefix. Where the subject stands twice in the prompt, its last place counts."""
-    subject, target = fact.subject.strip(), fact.target.strip()
+    subject = fact.subject.strip()
     rows = []
     for prefix in prefixes:
-        text = (prefix + fact.prompt).rstrip(" ")
+        before, after, text = encode(tokenizer, prefix + fact.prompt, fact.target)
         end = len(prefix) + fact.prompt.rindex(subject) + len(subject)
-        before, after = encode_pair(tokenizer, text, target)
-        gap = "" if text[-1].isspace() else " "
-        joint = tokenizer(text + gap + target)["input_ids"]
-        whole = text + gap + target if joint[: len(before)] == before else text
-        rows.append(Row(before + after[:-1], subject_token(tokenizer, whole, end, before), after))
+        rows.append(Row(before + after[:-1], subject_token(tokenizer, text, end, before), after))
     return rows
 
 
