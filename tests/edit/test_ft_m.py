@@ -146,6 +146,7 @@ def test_default_layer_is_at_two_thirds(tiny_lm):
         ({"layer": 4}, "layer"),
         ({"layer": -1}, "layer"),
         ({"layer": True}, "layer"),
+        ({"module": "mlp.nothing"}, "module"),
     ],
 )
 def test_bad_hyperparameters(tiny_lm, tiny_tokenizer, changes, named):

@@ -41,6 +41,7 @@ class FineTune(Editor):
 
     Args:
         layer: Block to edit; None takes the block at 21/32 of the depth.
+        module: Name of the weight's module inside the block; None takes the MLP's down-projection.
         lr: Adam's learning rate.
         steps: Passes over the facts.
         stop_below: No update for a mini-batch whose loss (nats per token) is below this; all below: done.
@@ -50,9 +51,16 @@ class FineTune(Editor):
     reads_target: bool
 
     def __init__(
-        self, *, layer: int | None, lr: float, steps: int, stop_below: float, batch_size: int
+        self,
+        *,
+        layer: int | None,
+        module: str | None,
+        lr: float,
+        steps: int,
+        stop_below: float,
+        batch_size: int,
     ):  # the defaults are with the methods
-        self.layer, self.lr, self.steps = layer, lr, steps
+        self.layer, self.module, self.lr, self.steps = layer, module, lr, steps
         self.stop_below, self.batch_size = stop_below, batch_size
 
     @abstractmethod
@@ -71,7 +79,8 @@ class FineTune(Editor):
         check_number("steps", self.steps, least=0)
         check_number("stop_below", self.stop_below, least=0)
         check_number("batch_size", self.batch_size, least=1)
-        editable(model, down_projection(model, depth(model, self.layer, LLAMA_DEPTH)) + ".weight")
+        layer = depth(model, self.layer, LLAMA_DEPTH)
+        editable(model, down_projection(model, layer, self.module) + ".weight")
         encode_facts(model, tokenizer, facts)
 
     def fit(
@@ -79,7 +88,7 @@ class FineTune(Editor):
     ) -> WeightEdit:
         self.check(model, tokenizer, facts)
         layer = depth(model, self.layer, LLAMA_DEPTH)
-        name = down_projection(model, layer) + ".weight"
+        name = down_projection(model, layer, self.module) + ".weight"
         weight = editable(model, name).detach()
         # Steps of lr are lost in bf16's rounding: the sum of updates is kept in float32, and the model runs on
         # its rounded value, which is also what is installed.

@@ -57,6 +57,7 @@ class FTL(FineTune):
 
     Args:
         layer: Block to edit; None takes the one at 21/32 of the depth.
+        module: Name of the weight's module inside the block; None takes the MLP's down-projection.
         lr: Adam's learning rate.
         steps: Passes over the facts.
         eps: Greatest change of any weight, in the weight's unit.
@@ -70,13 +71,16 @@ class FTL(FineTune):
         self,
         *,
         layer: int | None = None,
+        module: str | None = None,
         lr: float = 5e-4,
         steps: int = 25,
         eps: float = 5e-4,
         stop_below: float = 1e-2,
         batch_size: int = 1,
     ):
-        super().__init__(layer=layer, lr=lr, steps=steps, stop_below=stop_below, batch_size=batch_size)
+        super().__init__(
+            layer=layer, module=module, lr=lr, steps=steps, stop_below=stop_below, batch_size=batch_size
+        )
         self.eps = eps
 
     def check(

@@ -55,6 +55,7 @@ class FTM(FineTune):
 
     Args:
         layer: Block to edit; None takes the one at 21/32 of the depth.
+        module: Name of the weight's module inside the block; None takes the MLP's down-projection.
         lr: Adam's learning rate.
         steps: Passes over the facts.
         stop_below: No update for a mini-batch whose loss (nats per token) is below this; all below: done.
@@ -67,12 +68,15 @@ class FTM(FineTune):
         self,
         *,
         layer: int | None = None,
+        module: str | None = None,
         lr: float = 5e-4,
         steps: int = 25,
         stop_below: float = 1e-2,
         batch_size: int = 1,
     ):
-        super().__init__(layer=layer, lr=lr, steps=steps, stop_below=stop_below, batch_size=batch_size)
+        super().__init__(
+            layer=layer, module=module, lr=lr, steps=steps, stop_below=stop_below, batch_size=batch_size
+        )
 
     def loss(self, logits: torch.Tensor, targets: Sequence[Sequence[int]]) -> torch.Tensor:
         """`target_loss`."""
