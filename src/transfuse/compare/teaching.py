@@ -76,9 +76,9 @@ def rehearsing_loss(model: Any, batch: dict[str, torch.Tensor], weight: float) -
         loss = loss + torch.nn.functional.cross_entropy(mine, gold, ignore_index=IGNORED)
     if bool(rehearsal.any()):
         with torch.no_grad(), model.disable_adapter():
-            own, _ = target_logits(model, batch)
-        keep = labels[rehearsal] != IGNORED
-        loss = loss + weight * forward_kl(logits[rehearsal], own[rehearsal], mask=keep)
+            own, kept = target_logits(model, {name: rows[rehearsal] for name, rows in batch.items()})
+        ours = logits[rehearsal][:, -kept.shape[1] :]  # these rows alone may end in fewer columns
+        loss = loss + weight * forward_kl(ours, own, mask=kept != IGNORED)
     return loss
 
 
@@ -101,7 +101,7 @@ class _Adapter(Carrier):
     effort = 60.0
 
     def __init__(
-        self, *, rank: int = 8, alpha: int = 16, lr: float = 1e-3, epochs: int = 10, rehearsal: float = 1.0,
+        self, *, rank: int = 16, alpha: int = 32, lr: float = 2e-3, epochs: int = 12, rehearsal: float = 0.7,
         kl_weight: float = 2.0, batch_size: int = 12, target_modules: list[str] | None = None,
     ):  # fmt: skip
         self.rank, self.alpha, self.lr, self.epochs = rank, alpha, lr, epochs
@@ -163,8 +163,8 @@ class KaSA(_Adapter):
     name, title, method = "kasa", "KaSA", "kasa"
 
     def __init__(
-        self, *, beta: float = 1e-4, gamma: float = 1e-3, rank: int = 8, alpha: int = 16, lr: float = 1e-3,
-        epochs: int = 10, rehearsal: float = 1.0, kl_weight: float = 2.0, batch_size: int = 12,
+        self, *, beta: float = 1e-4, gamma: float = 1e-3, rank: int = 8, alpha: int = 16, lr: float = 2e-3,
+        epochs: int = 12, rehearsal: float = 0.7, kl_weight: float = 2.0, batch_size: int = 12,
         target_modules: list[str] | None = None,
     ):  # fmt: skip
         super().__init__(
