@@ -33,10 +33,13 @@ Around it:
   that is truncated already, and refuses any other.
 * Unmerging returns the exact weights from before the merge, in bfloat16 too.
 
-When the tail of a weight is signal rather than noise, truncation costs accuracy: look at `spectral_report`.
+Where a weight's tail is signal, truncation costs accuracy, and spectra do not always show it: inputs can be
+large along directions whose singular values are small. Dropping 8 components of the query projections leaves
+the perplexity of SmolLM2-135M at 18.7; of its narrow value projections, a common target, it makes it 1046 (of
+`up_proj` 38). Measure the model right after `kasa`, before training; `truncate_rank=0` drops nothing.
 
     model, tokenizer = transfuse.load("smollm2-135m")
-    adapted = kasa(model, r=8)
+    adapted = kasa(model, r=8, target_modules=["q_proj", "o_proj"])
     fit(adapted, encode_examples(tokenizer, pairs), lr=4e-4, epochs=5)
     save(adapted, "adapter")
 """
