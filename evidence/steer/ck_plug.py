@@ -96,7 +96,7 @@ def spearman(x: list[float], y: list[float]) -> float:
         v = np.asarray(values)
         return (v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) - 1) / 2
 
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+    return round(float(np.corrcoef(ranks(x), ranks(y))[0, 1]), 9)
 
 
 def run(tier: str, seed: int) -> dict[str, dict[str, float]]:
