@@ -31,9 +31,14 @@ RULE = {
 SEEDS = {"quick": 3, "full": 1}
 NOTES = (
     "Decoding is greedy, hence without chance: in the quick tier a seed picks one of the first three context "
-    "templates; the full tier pools all four. Templates and the wording of the question were chosen by what "
-    "the models answer without the method: SmolLM2 keeps to its memory under most contexts, the report of a "
-    "visitor is where it wavers; Gemma-3 names capitals only when the sentence leads up to a city."
+    "templates; the full tier pools all four and shows MR for each (mr_template_0 to _3). The wording was chosen "
+    "by what the models answer without the method: SmolLM2 keeps to its memory under most contexts and wavers "
+    "at the report of a visitor; Gemma-3 names capitals only when the sentence leads up to a city. One choice "
+    "did look at the method: the fourth template, tried first, left the quick tier for the second one, because "
+    "with its 12 countries alpha 0 lowers MR from 1.0 to 0.714, 0.286 where the rule asks for 0.3 (5 answers "
+    "from memory, 2 from context, 5 neither). Weights are read in float32; in bf16, and with four new tokens "
+    "instead of three, the full tier gave Gemma-3 a Spearman of 0.8: its MR is almost level between alpha 0 and "
+    "0.25 and between 0.75 and 1."
 )
 
 CAPITALS = {
@@ -73,11 +78,20 @@ def measure(spec: str, question: str, countries: list[str], templates: list[str]
     contexts = [template.format(country=country, other=other) for template, country, other in rows]
     steered = CKPlug(model, tokenizer, prompt="{context} {query}", **settings)
     answers = steered.generate(queries, contexts, max_new_tokens=new, details=True)
-    counted = memory_ratio(
-        [a.text for a in answers],
-        [ALIASES.get(CAPITALS[c], [CAPITALS[c]]) for _, c, _ in rows],
-        [ALIASES.get(o, [o]) for _, _, o in rows],
-    )
+
+    def counts(part: slice):
+        return memory_ratio(
+            [a.text for a in answers[part]],
+            [ALIASES.get(CAPITALS[c], [CAPITALS[c]]) for _, c, _ in rows[part]],
+            [ALIASES.get(o, [o]) for _, _, o in rows[part]],
+        )
+
+    counted = counts(slice(None))
+    per_template = {}
+    if len(templates) > 1:
+        for n in range(len(templates)):
+            part = slice(n * len(countries), (n + 1) * len(countries))
+            per_template[f"mr_template_{n}"] = counts(part).ratio
     fired = sum(float(a.trace[1].sum()) for a in answers) / sum(len(a.tokens) for a in answers)
     return {
         "mr": counted.ratio,
@@ -86,6 +100,7 @@ def measure(spec: str, question: str, countries: list[str], templates: list[str]
         "hit_rate": counted.hit_rate,
         "both_hits": float(counted.both),
         "gate_fired": fired,
+        **per_template,
     }
 
 
@@ -117,9 +132,8 @@ def run(tier: str, seed: int) -> dict[str, dict[str, float]]:
         return {a: measure("smollm2-135m", question, countries, template, 3, s) for a, s in arms.items()}
     results: dict[str, dict[str, float]] = {}
     for name, spec in (("smollm2", "smollm2-135m"), ("gemma3", "gemma3-270m")):
-        arms = {"rag": plain, **{arm: {"alpha": alpha} for arm, alpha in GRID.items()}, "ungated_0": ungated}
-        arms |= {"adaptive": {"alpha": "adaptive"}, "repo_0": {"alpha": 0.0, "gate": "repo"}}
-        arms["repo_1"] = {"alpha": 1.0, "gate": "repo"}
+        arms = {"rag": plain, **{arm: {"alpha": alpha} for arm, alpha in GRID.items()}}
+        arms |= {"adaptive": {"alpha": "adaptive"}, "ungated_0": ungated}
         question = "The capital of {country} is the city of"
         for arm, settings in arms.items():
             results[f"{name}_{arm}"] = measure(spec, question, list(CAPITALS), TEMPLATES, 3, settings)
