@@ -140,6 +140,7 @@ def test_certain_streams_have_no_entropy_and_no_nan():
         assert ours.gain.tolist() == [0.0, 0.0]
         assert not ours.scores.isnan().any()
         assert (ours.scores[0, 1], ours.scores[1, 3]) == (0.0, 0.0) or alpha == 0.0
+    assert (ours.scores.isfinite() == z.isfinite()).all()  # ruled out by both: never chosen, whatever alpha
     differing = z.flip(0)
     assert ck_plug_scores(z, differing, alpha=1.0, epsilon=1.0).argmax(-1).tolist() == [3, 1]
     assert ck_plug_scores(z, differing, alpha=0.0, epsilon=1.0).argmax(-1).tolist() == [1, 3]

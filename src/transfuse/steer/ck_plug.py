@@ -22,12 +22,10 @@ the two entropies.
 
 Where the published code departs from the paper, the paper is followed. The code's gate fires when H_q < 2
 H_c, which is on almost every token: `gate="repo"`. Its adaptive weights have the same ratio, hence the same
-greedy output, at another temperature. It decides for one row at a time, with large negative constants as
-mask; here each row of a batch has its own gate, and masking follows mixing.
+greedy output, at another temperature. It decides for one row at a time; here each row of a batch has its gate.
 
     model, tokenizer = transfuse.load("smollm2-135m")
-    steered = CKPlug(model, tokenizer, alpha=0.0)
-    steered.generate("The capital of France is", "France moved its capital to Oslo.")
+    CKPlug(model, tokenizer, alpha=0.0).generate("The capital of France is", "France moved to Oslo.")
 """
 
 from __future__ import annotations
@@ -87,12 +85,13 @@ def plausibility_head(logits: Tensor, *, top: int = 10, relative_top: float = 0.
         `[..., V]` bool.
     """
     best = logits.topk(min(top, logits.shape[-1]), dim=-1).values
-    return logits >= torch.minimum(best[..., -1:], best[..., :1] + math.log(relative_top))
+    threshold = torch.minimum(best[..., -1:], best[..., :1] + math.log(relative_top))
+    return (logits >= threshold) & (logits > -math.inf)  # with fewer than k possible tokens, the k-th is none
 
 
-def _head_entropy(logits: Tensor, head: Tensor) -> Tensor:
-    """Entropy in nats of softmax over the head, `[B, V]` -> `[B]`."""
-    return torch.special.entr(logits.masked_fill(~head, -math.inf).softmax(-1)).sum(-1)
+def _entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax, `[B, n]` -> `[B]`."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 def ck_plug_mix(
@@ -124,24 +123,26 @@ def ck_plug_mix(
     """
     _check(alpha=alpha, gate=gate, epsilon=epsilon, top=top, relative_top=relative_top)
     if z_c.shape != z_q.shape or z_c.dim() != 2:
-        raise BadInput(
-            "z_q", tuple(z_q.shape), f"does not pair with z_c {tuple(z_c.shape)}", "give [B, V] twice"
-        )
+        raise BadInput("z_q", tuple(z_q.shape), f"differs from z_c {tuple(z_c.shape)}", "give [B, V] twice")
     z_c, z_q = z_c.float(), z_q.float()
     head = plausibility_head(z_c, top=top, relative_top=relative_top)
     head |= plausibility_head(z_q, top=top, relative_top=relative_top)
-    h_c, h_q = _head_entropy(z_c, head), _head_entropy(z_q, head)
+    # A head is some dozen tokens of a vocabulary: from here on, n columns that hold every row's head.
+    columns = head.byte().topk(int(head.nonzero()[:, 0].bincount().max())).indices
+    kept, c, q = (x.gather(1, columns) for x in (head, z_c, z_q))
+    h_c, h_q = (_entropy(x.masked_fill(~kept, -math.inf)) for x in (c, q))
     gain = h_q - h_c
     conflict = (gain if gate == "paper" else gain - h_c) < epsilon
-    l_c, l_q = (z.log_softmax(-1).clamp_min(_FLOOR) for z in (z_c, z_q))
+    l_c, l_q = (z.log_softmax(-1).gather(1, columns).clamp_min(_FLOOR) for z in (z_c, z_q))
     if alpha == "adaptive":
         total = h_q + h_c
         memory = torch.where(total > 0, h_c / total, 0.5)[:, None]
     else:
         memory = torch.full_like(l_c[:, :1], alpha)
     # The paper's sum with its terms collected: at 0.5 nothing of l_q is left, not even its rounding.
-    mixed = (1 - memory) * l_c + (2 * memory - 1) * l_q
-    scores = torch.where(conflict[:, None], mixed.masked_fill(~head, -math.inf), z_c)
+    mixed = ((1 - memory) * l_c + (2 * memory - 1) * l_q).masked_fill(~kept, -math.inf)
+    mixes = conflict[:, None]
+    scores = z_c.masked_fill(mixes, -math.inf).scatter_(1, columns, torch.where(mixes, mixed, c))
     return Mixed(scores, gain, conflict)
 
 
