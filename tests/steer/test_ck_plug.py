@@ -404,6 +404,27 @@ def test_bad_input_is_refused_before_decoding(tiny_lm, tiny_tokenizer, monkeypat
         )
 
 
+def test_an_adapter_is_part_of_the_model(tiny_lm, tiny_tokenizer):
+    """A PEFT model is steered with its adapter on, as the merged model would be."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        tiny_lm("llama", layers=2), LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=generator(3))
+    adapted.eval()
+    method = CKPlug(adapted, tiny_tokenizer, alpha=0.1, gate="repo")
+    answers = method.generate(QUERIES, CONTEXTS, max_new_tokens=8)
+    predictions = method.follow(QUERIES, CONTEXTS, QUERIES)
+    with adapted.disable_adapter():
+        assert method.generate(QUERIES, CONTEXTS, max_new_tokens=8) != answers
+    merged = CKPlug(adapted.merge_and_unload(), tiny_tokenizer, alpha=0.1, gate="repo")
+    assert merged.generate(QUERIES, CONTEXTS, max_new_tokens=8) == answers
+    assert all(torch.equal(*pair) for pair in zip(merged.follow(QUERIES, CONTEXTS, QUERIES), predictions))
+
+
 # --- the real model -----------------------------------------------------------------------------------------
 
 
