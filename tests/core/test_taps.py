@@ -182,7 +182,10 @@ def test_stop_runs_nothing_above(tiny_lm):
 
 def test_stop_ends_only_passes_of_its_own_run(tiny_lm):
     model = tiny_lm("llama")
-    with capture(model, "model.layers.0", stop=True) as low, capture(model, "model.layers.3", stop=True) as high:
+    with (
+        capture(model, "model.layers.0", stop=True) as low,
+        capture(model, "model.layers.3", stop=True) as high,
+    ):
         assert low.run(**batch_of()) is None
         assert set(low) == {"model.layers.0"} and not high
         assert high.run(**batch_of()) is None  # the lower one does not end it
