@@ -119,7 +119,15 @@ def test_one_layer_without_weight_on_old_keys_reaches_every_value(tiny_lm, tiny_
     model = exact(tiny_lm(architecture))
     (site,) = find_sites(model, [1])
     with editing(model):
-        found = search(model, tiny_tokenizer, FACTS, site, site, prefixes=("",), objective=Objective(**HOW))
+        found = search(
+            model,
+            tiny_tokenizer,
+            [[f] for f in FACTS],
+            site,
+            site,
+            prefixes=("",),
+            objective=Objective(**HOW),
+        )
     editor, facts = make(layers=[1], lam=0.0, prefixes=0)
     editor.fit(model, tiny_tokenizer, facts).attach(model)
     reached = found.keys.double() @ site.matrix(model).T
@@ -136,7 +144,15 @@ def test_facts_searched_together_end_where_each_ends_alone(tiny_lm, tiny_tokeniz
     def run(facts, stop):
         objective = Objective(**{**HOW, "steps": 12, "stop_below": stop})
         with editing(model):
-            return search(model, tiny_tokenizer, facts, site, site, prefixes=PREFIXES, objective=objective)
+            return search(
+                model,
+                tiny_tokenizer,
+                [[f] for f in facts],
+                site,
+                site,
+                prefixes=PREFIXES,
+                objective=objective,
+            )
 
     last = run(FACTS, 0.0).losses.sort().values
     for stop in (0.0, float(last[1]) + 1e-3):  # the second between the facts' losses
@@ -209,7 +225,7 @@ def test_finished_facts_leave_the_batch(tiny_lm, tiny_tokenizer):
     (site,) = find_sites(model, [1])
     with editing(model):
         start = search(
-            model, tiny_tokenizer, FACTS, site, site, prefixes=PREFIXES,
+            model, tiny_tokenizer, [[f] for f in FACTS], site, site, prefixes=PREFIXES,
             objective=Objective(**{**HOW, "steps": 1}),
         ).losses  # fmt: skip
     rows = []
@@ -217,7 +233,7 @@ def test_finished_facts_leave_the_batch(tiny_lm, tiny_tokenizer):
     stop = float(start.sort().values[0]) + 1e-4  # one fact is finished before it begins
     with editing(model):
         found = search(
-            model, tiny_tokenizer, FACTS, site, site, prefixes=PREFIXES,
+            model, tiny_tokenizer, [[f] for f in FACTS], site, site, prefixes=PREFIXES,
             objective=Objective(**{**HOW, "steps": 3, "stop_below": stop, "lr": 1e-6}),
         )  # fmt: skip
     handle.remove()

@@ -99,7 +99,7 @@ def test_the_edited_layer_gives_the_value_for_the_key(tiny_lm, tiny_tokenizer, a
     (site,) = find_sites(model, [1])
     with editing(model):
         found = search(
-            model, tiny_tokenizer, [FACT], site, site, prefixes=PREFIXES, objective=Objective(**HOW)
+            model, tiny_tokenizer, [[FACT]], site, site, prefixes=PREFIXES, objective=Objective(**HOW)
         )
     editor, facts = make()
     editor.fit(model, tiny_tokenizer, facts).attach(model)
@@ -125,7 +125,7 @@ def test_search_finds_what_whole_forward_passes_confirm(tiny_lm, tiny_tokenizer,
                 **{**HOW, "steps": steps, "stop_below": 0.0, "weight_decay": 0.0, "kl_factor": 0.0}
             )
             with editing(model):
-                return search(model, tiny_tokenizer, [FACT], site, site, prefixes=PREFIXES, objective=how)
+                return search(model, tiny_tokenizer, [[FACT]], site, site, prefixes=PREFIXES, objective=how)
 
         found, reported = run(3), float(run(4).losses[0])
         losses = []
@@ -163,7 +163,7 @@ def test_rows_padded_together_give_what_each_gives_alone(tiny_lm, tiny_tokenizer
         (site,) = find_sites(model, [2])
         with editing(model):
             found = search(
-                model, tiny_tokenizer, [FACT], site, site, prefixes=PREFIXES, objective=Objective(**HOW)
+                model, tiny_tokenizer, [[FACT]], site, site, prefixes=PREFIXES, objective=Objective(**HOW)
             )
         keys = []
         for row in rows_of(tiny_tokenizer, FACT, PREFIXES):
@@ -254,7 +254,7 @@ def test_the_clamp_holds_and_a_finished_search_stops(tiny_lm, tiny_tokenizer):
     def run(**changes):
         objective = Objective(**{**HOW, **changes})
         with editing(model):
-            return search(model, tiny_tokenizer, [FACT], site, site, prefixes=PREFIXES, objective=objective)
+            return search(model, tiny_tokenizer, [[FACT]], site, site, prefixes=PREFIXES, objective=objective)
 
     tight = run(clamp=0.25)
     assert tight.delta.norm().item() == pytest.approx(0.25 * tight.start.norm().item(), rel=1e-5)

@@ -162,7 +162,7 @@ class _Tracer:
                 value[:, first : last + 1] += chosen.to(value.dtype)
                 return value
 
-            changes = {embeddings: corrupt}
+            changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {embeddings: corrupt}
             for number, place in enumerate(self.places):
                 rows = [
                     r

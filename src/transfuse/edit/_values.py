@@ -5,12 +5,13 @@ Three things keep it cheap, without changing what is computed:
 - blocks up to the edited one run once; their result is cached and replayed,
 - in the blocks above, tokens before the subject's last one cannot see the change (attention is causal): their
   keys and values are computed once, and each step runs the few tokens from the subject on,
-- several facts share a batch, each with its own vector, its own loss and its own end.
+- several facts (or subjects) share a batch, each with its own vector, its own loss and its own end.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -41,7 +42,7 @@ class Objective:
         weight_decay: Weight of ||delta|| / ||v0||^2.
         kl_factor: Weight of KL(p0 || p) on "{subject} is a" at the subject.
         clamp: ||delta|| <= clamp ||v0|| after each update.
-        stop_below: A fact is finished when its loss is below this.
+        stop_below: A unit is finished when its loss is below this.
     """
 
     lr: float
@@ -79,14 +80,14 @@ def editing(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Found:
-    """Result of a search over E facts; vectors are float32 (float64 for a float64 model).
+    """Result of a search for E facts; vectors are float32 (float64 for a float64 model).
 
     Attributes:
         start: v0, the down-projection's output at the subject of the bare prompt, `[E, d]`.
-        delta: What to add to it, `[E, d]`.
+        delta: What to add to it, `[E, d]`; equal for the facts of one unit.
         keys: Mean over the contexts of the key at `key_site`, `[E, m]`.
-        losses: Loss at each fact's last evaluation, `[E]`.
-        steps: Updates each fact took, int64 `[E]`.
+        losses: Loss of each unit at its last evaluation, `[U]`.
+        steps: Updates each unit took, int64 `[U]`.
         chunk: The context rows up to the subject, the bare prompt first for each fact.
         hidden: Input of `key_site`'s block on those rows, `[B, T, d]`.
         tupled: The model's blocks return tuples.
@@ -105,14 +106,14 @@ class Found:
 def search(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[Fact],
+    units: Sequence[Sequence[Fact]],
     site: Site,
     key_site: Site,
     *,
     prefixes: Sequence[str],
     objective: Objective,
 ) -> Found:
-    """For each fact, the delta with which `v0 + delta` at `site`, at the subject's end, yields the target.
+    """For each unit, the delta with which `v0 + delta` at `site`, at the subject's end, yields the target.
 
     delta minimises, by Adam from 0, the mean over contexts of the target tokens' mean negative log-likelihood
     + kl_factor KL(p0 || p) + weight_decay ||delta|| / ||v0||^2. After each step, ||delta|| <= clamp ||v0||.
@@ -120,7 +121,8 @@ def search(
     Args:
         model: Inside `editing`.
         tokenizer: Its tokenizer.
-        facts: E facts, searched in one batch; the result of each is that of a batch of one.
+        units: What gets one delta each, searched in one batch: single facts, or several about one subject. The
+            result of each unit is that of a batch of one.
         site: Where the value goes; not in the last block.
         key_site: Where keys are collected; a block at or below `site`.
         prefixes: Contexts; the first must be "".
@@ -131,13 +133,13 @@ def search(
     """
     rows: list[Row] = []
     owner: list[int] = []
-    for number, fact in enumerate(facts):
-        contexts = rows_of(tokenizer, fact, prefixes)
+    for number, unit in enumerate(units):
+        contexts = [row for fact in unit for row in rows_of(tokenizer, fact, prefixes)]
         rows += contexts
         owner += [number] * len(contexts)
     count = len(rows)
-    rows += [essence_row(tokenizer, fact) for fact in facts]
-    owner += range(len(facts))
+    rows += [essence_row(tokenizer, unit[0]) for unit in units]
+    owner += range(len(units))
     chunk = lay_out(model, tokenizer, rows, owner)
     with (
         torch.no_grad(),
@@ -148,13 +150,15 @@ def search(
     wide = torch.promote_types(outs[site.module].dtype, torch.float32)
     bare = torch.arange(0, count, len(prefixes), device=chunk.ids.device)
     start = outs[site.module][bare, chunk.cut].to(wide)
-    keys = ins[key_site.module][:count, chunk.cut].to(wide).unflatten(0, (len(facts), -1)).mean(1)
+    keys = ins[key_site.module][:count, chunk.cut].to(wide).unflatten(0, (len(bare), -1)).mean(1)
     upper = _upper(model, chunk, site, ins[site.block], outs)
-    task = _Task(upper, rows, owner, start, objective)
+    sizes = torch.tensor([len(unit) for unit in units], dtype=wide, device=start.device)
+    norms = torch.zeros_like(sizes).index_add(0, chunk.owner[bare], start.norm(dim=1)) / sizes
+    task = _Task(upper, rows, owner, norms, start.shape[1], objective)
     task.minimise()
     before = chunk.select(torch.arange(count, device=bare.device), columns=slice(0, chunk.cut + 1))
     hidden = ins[key_site.block][:count, : chunk.cut + 1]
-    delta = task.delta.detach()
+    delta = task.delta.detach()[chunk.owner[bare]]
     return Found(start, delta, keys, task.losses, task.steps, before, hidden, upper.tupled)
 
 
@@ -292,34 +296,37 @@ def _additive(
 
 
 class _Task:
-    """Minimises each fact's loss over its own row of `delta`; a finished fact leaves the batch."""
+    """Minimises each unit's loss over its own row of `delta`; a finished unit leaves the batch."""
 
     def __init__(
-        self, upper: _Upper, rows: Sequence[Row], owner: Sequence[int], start: torch.Tensor, how: Objective
+        self,
+        upper: _Upper,
+        rows: Sequence[Row],
+        owner: Sequence[int],
+        norms: torch.Tensor,
+        width: int,
+        how: Objective,
     ):
-        self.upper, self.start, self.how = upper, start, how
-        self.count = len(start)
-        device = start.device
-        self.delta = torch.zeros_like(start, requires_grad=True)
-        self.kept = torch.zeros_like(start)
-        self.active = torch.ones(self.count, dtype=torch.bool, device=device)
-        self.losses = torch.zeros(self.count, dtype=start.dtype, device=device)
-        self.steps = torch.zeros(self.count, dtype=torch.long, device=device)
-        self.norms = start.norm(dim=1)
+        self.upper, self.norms, self.how = upper, norms, how
+        self.delta = norms.new_zeros(len(norms), width).requires_grad_()
+        self.kept = torch.zeros_like(self.delta, requires_grad=False)
+        self.active = torch.ones_like(norms, dtype=torch.bool)
+        self.losses = torch.zeros_like(norms)
+        self.steps = torch.zeros_like(norms, dtype=torch.long)
         self.before: torch.Tensor | None = None
-        # One line per scored position: row, column from the subject on, gold token (-1 for the KL), fact.
+        # One line per scored position: row, column from the subject on, gold token (-1 for the KL), unit.
         table, shares = [], []
-        contexts = (len(rows) - self.count) // self.count
-        for number, (row, fact) in enumerate(zip(rows, owner, strict=True)):
+        contexts = Counter(owner)  # the KL row included
+        for number, (row, unit) in enumerate(zip(rows, owner, strict=True)):
             if not row.answer:
-                table.append((number, 0, -1, fact))
+                table.append((number, 0, -1, unit))
                 shares.append(0.0)
             first = len(row.ids) - len(row.answer) - row.position
             for k, token in enumerate(row.answer):
-                table.append((number, first + k, token, fact))
-                shares.append(1 / (len(row.answer) * contexts))
-        self.table = torch.tensor(table, device=device)
-        self.shares = torch.tensor(shares, dtype=start.dtype, device=device)
+                table.append((number, first + k, token, unit))
+                shares.append(1 / (len(row.answer) * (contexts[unit] - 1)))
+        self.table = torch.tensor(table, device=norms.device)
+        self.shares = torch.tensor(shares, dtype=norms.dtype, device=norms.device)
 
     def minimise(self) -> None:
         optimise(
@@ -332,38 +339,38 @@ class _Task:
         )
 
     def loss(self) -> torch.Tensor:
-        """Sum over the unfinished facts; 0 when there is none, which ends the search."""
-        per_fact = self.per_fact()
-        values = per_fact.detach()
+        """Sum over the unfinished units; 0 when there is none, which ends the search."""
+        per_unit = self.per_unit()
+        values = per_unit.detach()
         self.losses = torch.where(self.active, values, self.losses)
         finished = self.active & (values < self.how.stop_below)
         if bool(finished.any()):
             self.kept = torch.where(finished[:, None], self.delta.detach(), self.kept)
             self.active = self.active & ~finished
-            total = per_fact[self.active].sum()
+            total = per_unit[self.active].sum()
             self.shrink()
             return total
-        return per_fact[self.active].sum()
+        return per_unit[self.active].sum()
 
-    def per_fact(self) -> torch.Tensor:
-        """Loss of each fact, `[E]`; 0 for those that left the batch."""
-        row, column, gold, fact = self.table.unbind(1)
-        logits = self.upper.logits(self.delta[self.upper.chunk.owner], row, column).to(self.start.dtype)
+    def per_unit(self) -> torch.Tensor:
+        """Loss of each unit, `[U]`; 0 for those that left the batch."""
+        row, column, gold, unit = self.table.unbind(1)
+        logits = self.upper.logits(self.delta[self.upper.chunk.owner], row, column).to(self.norms.dtype)
         scored = gold >= 0
         nll = cross_entropy(logits[scored], gold[scored], reduction="none") * self.shares[scored]
         now = log_softmax(logits[~scored], -1)
         if self.before is None:  # delta is still 0: these are the unedited model's predictions
             self.before = now.detach()
-        old = self.before[fact[~scored]]
+        old = self.before[unit[~scored]]
         divergence = (old.exp() * (old - now)).sum(-1)
-        decay = self.delta[fact[~scored]].norm(dim=1) / self.norms[fact[~scored]].square()
-        total = torch.zeros_like(self.norms).index_add(0, fact[scored], nll)
+        decay = self.delta[unit[~scored]].norm(dim=1) / self.norms[unit[~scored]].square()
+        total = torch.zeros_like(self.norms).index_add(0, unit[scored], nll)
         return total.index_add(
-            0, fact[~scored], self.how.kl_factor * divergence + self.how.weight_decay * decay
+            0, unit[~scored], self.how.kl_factor * divergence + self.how.weight_decay * decay
         )
 
     def shrink(self) -> None:
-        """Take the finished facts' rows out of the batch."""
+        """Take the finished units' rows out of the batch."""
         if not bool(self.active.any()):
             return
         stays = self.active[self.upper.chunk.owner]
@@ -374,7 +381,7 @@ class _Task:
         self.upper = self.upper.select(stays.nonzero()[:, 0])
 
     def limit(self) -> None:
-        """After an update: clamp, and put finished facts back to where they ended."""
+        """After an update: clamp, and put finished units back to where they ended."""
         self.steps += self.active
         room = (
             self.how.clamp * self.norms / self.delta.norm(dim=1).clamp_min(torch.finfo(self.delta.dtype).tiny)

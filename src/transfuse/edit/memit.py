@@ -115,7 +115,9 @@ class MEMIT(Editor):
         kl_factor: Weight of the drift of "{subject} is a".
         clamp: Largest ||delta|| / ||v0||.
         stop_below: Loss at which a fact's search ends.
-        batch_size: Facts searched together; results do not depend on it, memory and speed do.
+        per_subject: Facts about one subject share one delta, found on all of them: their keys are nearly equal, so
+            that deltas found one by one would be averaged away. False is the published behaviour.
+        batch_size: Facts (or subjects) searched together; results do not depend on it, memory and speed do.
         seed: Of prefixes and sampled text.
     """
 
@@ -135,6 +137,7 @@ class MEMIT(Editor):
         kl_factor: float = 0.0625,
         clamp: float = 4.0,
         stop_below: float = 0.05,
+        per_subject: bool = True,
         batch_size: int = 8,
         seed: int = 0,
     ):
@@ -142,7 +145,8 @@ class MEMIT(Editor):
         self.statistics, self.tokens, self.ridge = statistics, tokens, ridge
         self.prefixes, self.lr, self.steps = prefixes, lr, steps
         self.weight_decay, self.kl_factor, self.clamp = weight_decay, kl_factor, clamp
-        self.stop_below, self.batch_size, self.seed = stop_below, batch_size, seed
+        self.stop_below, self.seed = stop_below, seed
+        self.per_subject, self.batch_size = per_subject, batch_size
         self._known = BackgroundCache()
 
     def check(
@@ -187,14 +191,29 @@ class MEMIT(Editor):
                 model, tokenizer, sites, statistics=self.statistics, tokens=self.tokens, ridge=self.ridge,
                 prefixes=self.prefixes, module=self.module, seed=self.seed,
             )  # fmt: skip
+            units = self._units(facts)
             found = [
                 search(
-                    model, tokenizer, facts[i : i + self.batch_size], sites[-1], sites[0],
+                    model, tokenizer, units[i : i + self.batch_size], sites[-1], sites[0],
                     prefixes=known.prefixes, objective=self._objective(),
                 )
-                for i in range(0, len(facts), self.batch_size)
+                for i in range(0, len(units), self.batch_size)
             ]  # fmt: skip
             return self._write(model, sites, found, known.factors)
+
+    def _units(self, facts: Sequence[Fact]) -> list[list[Fact]]:
+        """What gets a value of its own: each fact, or all facts about one subject.
+
+        Sorted by what follows the subject: rows of one length share a batch.
+        """
+        units: dict[object, list[Fact]] = {}
+        for number, fact in enumerate(facts):
+            units.setdefault(fact.subject.strip() if self.per_subject else number, []).append(fact)
+
+        def tail(fact: Fact) -> int:
+            return len(fact.prompt) - fact.prompt.rindex(fact.subject.strip()) + len(fact.target)
+
+        return sorted(units.values(), key=lambda unit: max(map(tail, unit)))
 
     @torch.no_grad()
     def _write(

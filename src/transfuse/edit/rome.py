@@ -157,7 +157,7 @@ class ROME(Editor):
                 prefixes=self.prefixes, module=self.module, seed=self.seed,
             )  # fmt: skip
             found = search(
-                model, tokenizer, facts, site, site, prefixes=known.prefixes, objective=self._objective()
+                model, tokenizer, [facts], site, site, prefixes=known.prefixes, objective=self._objective()
             )
             value = (found.start + found.delta)[0]
             bias = site.bias(model)

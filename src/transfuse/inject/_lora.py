@@ -68,7 +68,9 @@ def merge_adapters(
         raise BadInput("weights", chosen, f"are not {len(adapters)} numbers", "give one per adapter")
     modules = list(adapters[0])
     for i, adapter in enumerate(adapters):
-        if adapter.keys() != adapters[0].keys() or any(_outer(adapter[m]) != _outer(adapters[0][m]) for m in modules):
+        if adapter.keys() != adapters[0].keys() or any(
+            _outer(adapter[m]) != _outer(adapters[0][m]) for m in modules
+        ):
             raise IncompatibleModels(
                 f"adapters[{i}]", len(adapter), "does not cover the modules of adapters[0]",
                 "merge adapters of one store",
