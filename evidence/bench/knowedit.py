@@ -25,7 +25,7 @@ RULE = {
     ),
 }
 NOTES = (
-    "SmolLM2-135M-Instruct in bf16, other CounterFact records in every seed, edited one at a time and "
+    "SmolLM2-135M-Instruct in float32, other CounterFact records in every seed, edited one at a time and "
     "rolled back. Locality is measured against the model's own answers before the edit. CounterFact has "
     "no portability questions: that part of the study is not measured here. Text is 20 tokens long for "
     "exact match and fluency."
@@ -52,7 +52,7 @@ POOL = slice(5000, 5100)  # facts to demonstrate with, far from those edited
 
 @lru_cache
 def loaded():
-    return load("smollm2-135m"), read_records(dataset_path("counterfact/edit.json"))
+    return load("smollm2-135m", dtype="float32"), read_records(dataset_path("counterfact/edit.json"))
 
 
 def run(tier: str, seed: int) -> dict[str, dict[str, float]]:

@@ -19,14 +19,14 @@ RULE = {
     "full": "mean(ft_l.edit_success) <= mean(ft_m.edit_success) - 0.2; mean(ft_l.edit_success) <= 0.8",
 }
 NOTES = (
-    "SmolLM2-135M-Instruct in bf16; 2 (quick) or 10 (full) CounterFact records in every seed, one at a "
+    "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a "
     "time. `ft_l_free` is FT-L without its box: with targets of one token its loss is that of FT-M."
 )
 
 
 @lru_cache
 def loaded():
-    return load("smollm2-135m"), read_records(dataset_path("counterfact/edit.json"))
+    return load("smollm2-135m", dtype="float32"), read_records(dataset_path("counterfact/edit.json"))
 
 
 def run(tier: str, seed: int) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ RULE = {
     ),
 }
 NOTES = (
-    "SmolLM2-135M-Instruct in bf16; 2 (quick) or 10 (full) CounterFact records in every seed. `grace` "
+    "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed. `grace` "
     "edits them one at a time, `together` keeps all of a seed's edits in one codebook. `target` lets a "
     "value stand for as many tokens as the target has: edit success is the same, but the text after the "
     "target is the model's own again, as fluency shows."
@@ -31,7 +31,7 @@ NOTES = (
 
 @lru_cache
 def loaded():
-    return load("smollm2-135m"), read_records(dataset_path("counterfact/edit.json"))
+    return load("smollm2-135m", dtype="float32"), read_records(dataset_path("counterfact/edit.json"))
 
 
 def run(tier: str, seed: int) -> dict[str, dict[str, float]]:

@@ -19,7 +19,7 @@ RULE = (
     "mean(ike.locality) <= 0.6"
 )
 NOTES = (
-    "SmolLM2-135M-Instruct in bf16; 2 (quick) or 10 (full) CounterFact records in every seed, one at a "
+    "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a "
     "time; 16 demonstrations from 30 (quick) or 100 (full) other records. `alone` says the new fact "
     "without demonstrations."
 )
@@ -27,7 +27,7 @@ NOTES = (
 
 @lru_cache
 def loaded():
-    return load("smollm2-135m"), read_records(dataset_path("counterfact/edit.json"))
+    return load("smollm2-135m", dtype="float32"), read_records(dataset_path("counterfact/edit.json"))
 
 
 def run(tier: str, seed: int) -> dict[str, dict[str, float]]:

@@ -20,13 +20,13 @@ RULE = {
     ),
 }
 NOTES = (
-    "SmolLM2-135M-Instruct in bf16; 2 (quick) or 10 (full) CounterFact records in every seed, one at a time."
+    "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a time."
 )
 
 
 @lru_cache
 def loaded():
-    return load("smollm2-135m"), read_records(dataset_path("counterfact/edit.json"))
+    return load("smollm2-135m", dtype="float32"), read_records(dataset_path("counterfact/edit.json"))
 
 
 def run(tier: str, seed: int) -> dict[str, dict[str, float]]:

@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import BadInput, CorruptFile, Unavailable
+from .errors import BadInput, CorruptFile, TransfuseError, Unavailable
 from .extras import require
 from .files import atomic_dir, disk_guard, locked, sha256_file, sha256_json
 from .references import REFERENCES, Reference, Wheel, cache_dir, cached_folder
@@ -72,7 +72,8 @@ def load(
 
     Args:
         spec: A reference model's name, a local folder with safetensors weights, or a hub id.
-        dtype: "auto" keeps the checkpoint's dtype; or "float32", "bfloat16", "float16", or a torch dtype.
+        dtype: "auto" keeps the checkpoint's dtype, but widens half precision to float32 on a CPU that can only
+            emulate it (several times slower than float32); or "float32", "bfloat16", "float16", or a torch dtype.
         device: Where to put it: "cpu", "cuda", "cuda:1"; "auto" spreads it by accelerate's device map.
         task: "causal-lm", "sequence-classification" or "encoder".
         **config: Configuration overrides, `num_labels=2` for one.
@@ -101,6 +102,13 @@ def load(
         )
     if str(device) != "auto":
         model = model.to(device)
+    if (
+        wanted == "auto"
+        and model.device.type == "cpu"
+        and model.dtype.itemsize == 2
+        and not _half_precision()
+    ):
+        model = model.float()
     return Loaded(model.eval(), tokenizer)
 
 
@@ -209,6 +217,11 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
+def _half_precision() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices by instructions made for it (AVX-512, AMX, ARM's bf16)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
 
@@ -242,9 +255,9 @@ def _readable(folder: Path) -> Iterator[None]:
             ) from error
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, (BadInput, CorruptFile)):
-            raise
+    except (TransfuseError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the loader raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise BadInput(
             "model", str(folder), f"cannot be loaded ({reason})", "check the folder's files"
