@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.data import Document
 from ..core.errors import BadInput, NotApplicable
-from ..core.files import atomic_write
+from ..core.files import atomic_write, sha256_json
 from .answerer import Answerer, Plain, Prompts
 from .job import Job, Knowledge
 
@@ -29,13 +30,35 @@ class Bench:
         knowledge: The job's knowledge.
         prompts: Writes prompts down.
         seed: Of everything that draws random numbers.
+        settings: All that decides a carrier's work besides its own arguments.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job, fingerprint: str = ""
+    ):
         self.model, self.tokenizer, self.job = model, tokenizer, job
         self.knowledge, self.seed = job.knowledge, job.recipe.seed
+        self.settings = {**job.settings, "model": fingerprint}
         self.prompts = Prompts(tokenizer, job.knowledge.kind, job.recipe.chat)
         self._workshop: Path | None = None
+        self._borrowed = 0.0
+
+    def once(self, name: str, make: Callable[[], Any], **arguments: Any) -> Any:
+        """What `make()` returns (JSON-able), made by the first carrier that needs it and kept for the others.
+
+        Each carrier that uses it is charged the seconds that it took.
+        """
+        key = sha256_json([name, arguments, self.settings])[:12]
+        file = self.job.folder / "work" / f"{name}-{key}.json"
+        if file.is_file():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            self._borrowed += kept["seconds"]
+            return kept["value"]
+        start = time.perf_counter()
+        value = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, json.dumps({"seconds": time.perf_counter() - start, "value": value}))
+        return value
 
     def workshop(self, key: str) -> Path:
         """A folder in the output, kept between carriers and runs, for work that several can use or resume.
@@ -47,7 +70,8 @@ class Bench:
         return self._workshop
 
     def account(self, seconds: float, peak: int) -> tuple[float, int]:
-        """Seconds and peak bytes of an installation, those of earlier runs in the workshop included."""
+        """Seconds and peak bytes of an installation, with what it found done: by `once`, in the workshop."""
+        seconds += self._borrowed
         if self._workshop is None:
             return seconds, peak
         ledger = self._workshop / "spent.json"
@@ -102,7 +126,7 @@ def carriers() -> dict[str, type[Carrier]]:
     """Every carrier by name, third parties' (entry points `transfuse.carriers`) included."""
     from importlib.metadata import entry_points
 
-    from . import teaching  # noqa: F401  registers the carriers that change or extend weights
+    from . import adapters, writers  # noqa: F401  register the carriers that change or extend weights
 
     for entry in entry_points(group="transfuse.carriers"):
         if entry.name not in Carrier.known:

@@ -62,7 +62,8 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
     """Load the model, install one carrier, measure it, and write its folder (with `record.json`) atomically.
 
     Args:
-        request: `recipe` (fields), `base` (folder of relative files), `output`, `carrier` (uses, with, label), `key`.
+        request: `recipe` (fields), `base` (folder of relative files), `output`, `carrier` (uses, with, label), `key`,
+            `model` (its fingerprint).
         told: Called with the name of each stage.
 
     Returns:
@@ -89,7 +90,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
     tokens = length_of_answers(job, tokenizer)
     for item in job.knowledge.items:
         check_length(model, len(tokenizer(item.prompt)["input_ids"]) + tokens, f"knowledge: {item.id}")
-    bench = Bench(model, tokenizer, job)
+    bench = Bench(model, tokenizer, job, request["model"])
     target = output / "carriers" / spec["label"]
     with seeded(recipe.seed), atomic_dir(target) as folder:
         told("install")

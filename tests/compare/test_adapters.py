@@ -1,0 +1,158 @@
+"""Carriers that train adapters: what they rehearse, their loss, the blocks that are run only once."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+import yaml
+from comparison import FACTS
+
+from transfuse.compare.adapters import (
+    LoRA,
+    lesson_rows,
+    rehearsal_prompts,
+    rehearsal_rows,
+    rehearsing_loss,
+    states_collator,
+    with_states,
+)
+from transfuse.compare.carriers import Bench
+from transfuse.compare.job import Recipe, Source, read_job
+from transfuse.core.errors import BadInput
+from transfuse.core.taps import decoder_layers
+
+
+@pytest.fixture
+def bench(tiny_lm, tiny_tokenizer, tmp_path):
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in FACTS))
+    source = Source(facts="facts.jsonl", train_paraphrases=1)
+    recipe = Recipe(model="-", knowledge=source, carriers=["lora"])
+    return Bench(tiny_lm("llama", layers=4), tiny_tokenizer, read_job(recipe, tmp_path, tmp_path / "out"))
+
+
+def adapted(bench, layers):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(bench.model, LoraConfig(r=2, target_modules=layers, task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def rows_of(bench):
+    return lesson_rows(bench) + rehearsal_rows(bench)[:5]
+
+
+def test_nothing_tested_is_rehearsed_or_taught(bench):
+    tested = {n for item in bench.knowledge.items for n in item.neighbours}
+    tested |= {p for item in bench.knowledge.items for p in item.asked} | {p for p, _ in bench.job.known}
+    prompts = rehearsal_prompts(bench)
+    assert len(prompts) > 50 and not tested & set(prompts)
+    assert any(p.startswith("The mayor of ") and "Ellery" not in p for p in prompts)
+    taught = {bench.tokenizer.decode(row["input_ids"]) for row in lesson_rows(bench)}
+    assert taught == {f"{p} {f['target']}" for f in FACTS for p in (f["prompt"], f["paraphrases"][0])}
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_blocks_below_are_not_needed(bench, depth):
+    """Loss and gradients on cached states are those of whole passes, and equal a float64 sum over single rows."""
+    names, block = LoRA(depth=depth).targets(bench.model)
+    first = decoder_layers(bench.model).index(block)
+    assert first == {0.0: 0, 0.5: 2, 1.0: 3}[depth] and len(names) == 3 * (4 - first)
+    rows = with_states(bench, rows_of(bench), block)
+    model = adapted(bench, names)
+    inside = next(n for n in decoder_layers(model) if n.endswith(block))
+    loss = rehearsing_loss(model, states_collator(bench.tokenizer)(rows), 2.0, inside)
+    loss.backward()
+    cached = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert cached and all("lora" in name for name in cached)
+
+    model.zero_grad()
+    wide = model.double()
+    nll, kl = [], []
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        log_q = wide(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        with torch.no_grad(), wide.disable_adapter():
+            log_p = wide(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        for t in range(1, len(labels)):
+            if labels[t] == -100:
+                continue
+            if row["rehearsal"]:
+                kl.append((log_p[t - 1].exp() * (log_p[t - 1] - log_q[t - 1])).sum())
+            else:
+                nll.append(-log_q[t - 1, labels[t]])
+    slow = torch.stack(nll).mean() + 2.0 * torch.stack(kl).mean()
+    slow.backward()
+    torch.testing.assert_close(loss.double(), slow, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        if name in cached:
+            torch.testing.assert_close(cached[name].double(), parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_an_untrained_adapter_is_at_the_rehearsal_s_minimum(bench):
+    names, block = LoRA().targets(bench.model)
+    rows = with_states(bench, rehearsal_rows(bench)[:6], block)
+    model = adapted(bench, names)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    inside = next(n for n in decoder_layers(model) if n.endswith(block))
+    loss = rehearsing_loss(model, states_collator(bench.tokenizer)(rows), 1.0, inside)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert all(p.grad.abs().max() < 1e-5 for n, p in model.named_parameters() if p.grad is not None)
+
+
+def test_the_states_do_not_depend_on_the_batch(bench):
+    _, block = LoRA().targets(bench.model)
+    rows = rows_of(bench)
+    together = with_states(bench, rows, block)
+    for row, each in zip(rows, together, strict=True):
+        alone = with_states(bench, [row], block)[0]["states"]
+        assert alone.shape == (len(row["input_ids"]), 32)
+        torch.testing.assert_close(each["states"], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_are_not_there(bench):
+    with pytest.raises(BadInput, match="nothing"):
+        LoRA(target_modules=["nothing"]).targets(bench.model)
+
+
+def test_shared_work_is_done_once_and_charged_to_all(bench):
+    calls = []
+
+    def make():
+        calls.append(1)
+        time.sleep(0.05)
+        return ["a"]
+
+    assert bench.once("work", make, size=1) == ["a"]
+    assert bench.account(1.0, 5) == (1.0, 5)
+    other = Bench(bench.model, bench.tokenizer, bench.job)
+    assert other.once("work", make, size=1) == ["a"] and len(calls) == 1
+    assert 1.05 <= other.account(1.0, 5)[0] < 1.5
+    other.once("work", make, size=2)
+    Bench(bench.model, bench.tokenizer, bench.job, "another model").once("work", make, size=1)
+    assert len(calls) == 3
+
+
+def test_recipes_take_the_depth(recipe, tmp_path):
+    from transfuse.compare import compare
+
+    path = recipe(carriers=[{"uses": "lora", "with": {"depth": "deep"}}])
+    with pytest.raises(BadInput, match="depth"):
+        compare(path, quiet=True)
+    assert not (tmp_path / "out").exists()
+    for depth in (-0.1, 1.1):
+        fields = yaml.safe_load(path.read_text())
+        fields["carriers"] = [{"uses": "lora", "with": {"depth": depth}}]
+        path.write_text(yaml.safe_dump(fields))
+        with pytest.raises(BadInput, match="depth"):
+            compare(path, quiet=True)
+    assert not (tmp_path / "out").exists()
