@@ -20,9 +20,7 @@ RULE = {
         "mean(ft_m.edit_success) >= mean(none.edit_success) + 0.2"
     ),
 }
-NOTES = (
-    "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a time."
-)
+NOTES = "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a time."
 
 
 @lru_cache

@@ -20,9 +20,7 @@ RULE = {
         "mean(adalora.locality) <= 0.95"
     ),
 }
-NOTES = (
-    "SmolLM2-135M-Instruct in float32; 1 (quick) or 5 (full) CounterFact records in every seed, one at a time."
-)
+NOTES = "SmolLM2-135M-Instruct in float32; 1 (quick) or 5 (full) CounterFact records in every seed, one at a time."
 
 
 @lru_cache

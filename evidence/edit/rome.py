@@ -19,9 +19,7 @@ RULE = {
         "mean(rome.edit_success) >= 0.9; mean(rome.paraphrase_success) >= mean(grace.paraphrase_success) + 0.2"
     ),
 }
-NOTES = (
-    "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a time."
-)
+NOTES = "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a time."
 
 
 @lru_cache
