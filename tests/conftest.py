@@ -80,7 +80,7 @@ def smollm_path():
 
 @pytest.fixture
 def smollm(smollm_path):
-    """SmolLM2-135M-Instruct in bf16 with its tokenizer, freshly loaded (about half a second)."""
+    """SmolLM2-135M-Instruct with its tokenizer, freshly loaded (about half a second)."""
     from transfuse.core.models import load
 
     return load("smollm2-135m")

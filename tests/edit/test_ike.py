@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from transfuse.core.data import Fact
 from transfuse.core.errors import BadInput
@@ -133,7 +132,6 @@ def test_bad_input(tiny_lm, tiny_tokenizer, tmp_path):
 def test_with_the_real_encoder_and_model(smollm):
     """Told the fact, the real model expects it, also after a paraphrase. The other fact is not mixed in."""
     model, tokenizer = smollm
-    assert model.dtype == torch.bfloat16
     facts = [
         Fact("Port Ellery", "The mayor of Port Ellery is", "Oskar Tveld"),
         Fact("Spain", "The capital of Spain is", "Lisbon"),

@@ -124,7 +124,9 @@ def target_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.
     moved = (columns - (width - mask.sum(1, keepdim=True))) % width  # [B, T]: where each column comes from
     ids, labels = batch["input_ids"].gather(1, moved), batch["labels"].gather(1, moved)
     mask = mask.gather(1, moved)
-    first = max(int((labels != IGNORED).any(0).nonzero()[0]), 1)  # nothing predicts the first token
+    labels = labels.masked_fill(mask.cumsum(1) <= 1, IGNORED)  # nothing predicts a row's first token
+    labelled = (labels != IGNORED).any(0).nonzero()
+    first = int(labelled[0]) if len(labelled) else width
     # Columns are chosen by a tensor, not a slice: a strided slice makes the head a batch of small products.
     logits = model(
         input_ids=ids,

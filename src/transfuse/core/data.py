@@ -172,19 +172,19 @@ def _portability(place: str, value: Any) -> tuple[tuple[str, str, tuple[str, ...
 
 
 def _read(source: Any, kind: type[Record], argument: str) -> list[Record]:
-    records = [_record(place, raw, kind) for place, raw in read_rows(source, argument)]
+    places, records = [], []
+    for place, raw in read_rows(source, argument):
+        places.append(place)
+        records.append(_record(place, raw, kind))
     if not records:
-        raise BadInput(
-            argument, source if isinstance(source, (str, os.PathLike)) else [], "is empty", "give records"
-        )
-    seen: dict[str, int] = {}
-    for i, record in enumerate(records):
+        shown = os.fspath(source) if isinstance(source, (str, os.PathLike)) else []
+        raise BadInput(argument, shown, "is empty", "give records")
+    seen: dict[str, str] = {}
+    for place, record in zip(places, records, strict=True):
         if record.id is not None and record.id in seen:
-            raise BadInput(
-                f"{argument}[{i}]: id", record.id, f"was used by record {seen[record.id]}", "make it unique"
-            )
+            raise BadInput(f"{place}: id", record.id, f"was used at {seen[record.id]}", "make it unique")
         if record.id is not None:
-            seen[record.id] = i
+            seen[record.id] = place
     return records
 
 

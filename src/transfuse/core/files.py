@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,19 +33,33 @@ __all__ = [
 ]
 
 
+# No permission, or a file where a folder is needed, or the reverse.
+_BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
 @contextlib.contextmanager
 def disk_guard(path: Path) -> Iterator[None]:
     """Turn a full disk or a missing permission into an error that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = _errno(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable(f"{path}: the disk is full; free space or choose another folder") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if number in _BARRED:
             raise BadInput(
                 "path", str(path), "cannot be written", "choose a folder you can write to"
             ) from error
         raise
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number of an error; safetensors, no OSError, gives it in its text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    text = str(error) if type(error).__name__ == "SafetensorError" else ""
+    found = re.search(r"\(os error (\d+)\)", text)
+    return int(found[1]) if found else None
 
 
 def check_writable(folder: str | os.PathLike[str], argument: str = "output") -> Path:
@@ -92,20 +108,36 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         os.chmod(work, 0o755)
+        old = None
         try:
             yield work
-            old = None
+            if target.is_dir() and not target.is_symlink() and _exchanged(work, target):
+                return
             if target.exists():
                 old = (
                     Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / "x"
                 )
                 os.replace(target, old)
             os.replace(work, target)
-            if old is not None:
-                shutil.rmtree(old.parent, ignore_errors=True)
         except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
+            if old is not None and old.exists() and not target.exists():
+                os.replace(old, target)
             raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)  # after an exchange: the old content
+            if old is not None and target.exists():
+                shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Swap two paths in one step; False where the system cannot (only Linux can, on most file systems)."""
+    import ctypes
+
+    if sys.platform != "linux":
+        return False
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap is not None and swap(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 @contextlib.contextmanager

@@ -30,9 +30,8 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
     if tokenizer.is_fast:
         whole = tokenizer(prompt + gap + target, return_offsets_mapping=True)
         ids, offsets = whole["input_ids"], whole["offset_mapping"]
-        cut = next(
-            (i for i, (start, end) in enumerate(offsets) if end > len(prompt) and end > start), len(ids)
-        )
+        # A space that is a token of its own may have no width: byte-level tokenizers trim it off.
+        cut = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         if cut < len(ids) and offsets[cut][0] >= len(prompt) and cut > 0:
             end = len(ids)
             while end > cut and offsets[end - 1][0] == offsets[end - 1][1]:
@@ -81,6 +80,14 @@ def check_length(model: PreTrainedModel, tokens: int, argument: str = "prompt") 
         )
 
 
+def _check_context(rows: Sequence[Sequence[int]]) -> None:
+    for i, row in enumerate(rows):
+        if not row:
+            raise BadInput(
+                f"prompts[{i}]", "", "has no tokens, so nothing predicts what follows", "give some text"
+            )
+
+
 @torch.inference_mode()
 def generate_texts(
     model: PreTrainedModel,
@@ -101,8 +108,12 @@ def generate_texts(
 
     Returns:
         The new text of each prompt, special tokens removed, leading space kept off.
+
+    Raises:
+        BadInput: a prompt without tokens; one that leaves no room for the answer.
     """
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    _check_context(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     texts = [""] * len(rows)
     pad = pad_id_of(tokenizer)
@@ -125,6 +136,7 @@ def _forced(
     model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], pad: int, batch_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per pair: (argmax int64 [n], negative log-likelihoods float32 [n]) at its n target tokens."""
+    _check_context([before for before, _ in pairs])
     results: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     for start in range(0, len(order), batch_size):

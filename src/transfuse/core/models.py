@@ -92,14 +92,21 @@ def load(
     wanted, folder = _dtype(dtype), check_spec(spec, dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
     with _quiet(), _readable(folder):
-        model = getattr(transformers, kind).from_pretrained(
+        model, found = getattr(transformers, kind).from_pretrained(
             folder,
             dtype=wanted,
             use_safetensors=True,
             local_files_only=True,
             device_map="auto" if str(device) == "auto" else None,
+            output_loading_info=True,
             **config,
         )
+    if task == "causal-lm" and found["missing_keys"]:  # a classifier's head is new, an encoder's pooler may be
+        names = sorted(found["missing_keys"])
+        raise CorruptFile(
+            "model", str(folder), f"lacks {len(names)} weights ({names[0]})",
+            "save or download it again: missing weights would be random",
+        )  # fmt: skip
     if str(device) != "auto":
         model = model.to(device)
     if (
