@@ -101,7 +101,7 @@ def load(
             output_loading_info=True,
             **config,
         )
-    if task == "causal-lm" and found["missing_keys"]:  # a classifier's head is new, an encoder's pooler may be
+    if task == "causal-lm" and found["missing_keys"]:  # in the other tasks a head may well be new
         names = sorted(found["missing_keys"])
         raise CorruptFile(
             "model", str(folder), f"lacks {len(names)} weights ({names[0]})",
