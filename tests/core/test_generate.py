@@ -18,6 +18,7 @@ from transfuse.core.errors import BadInput
 from transfuse.core.generate import (
     check_length,
     encode_pair,
+    generate_ids,
     generate_texts,
     pad_batch,
     pad_id_of,
@@ -241,11 +242,9 @@ def test_generation_edges(tiny_lm, tiny_tokenizer):
         generate_texts(model, tiny_tokenizer, [long, "a"], max_new_tokens=513 - size)
 
 
-def test_special_tokens_and_the_leading_space_are_kept_off(tiny_lm, tiny_tokenizer):
-    model = tiny_lm("llama")
-    space = tiny_tokenizer.convert_tokens_to_ids("Ġ")
-    letter = tiny_tokenizer.convert_tokens_to_ids("z")
-    script = iter([space, 1, letter, space, letter, END, letter])
+def scripted(model, tokens):
+    """Make the model say `tokens` one after another, whatever it reads."""
+    script = iter(tokens)
 
     def say(module, inputs, out):
         out = torch.zeros_like(out)
@@ -253,6 +252,20 @@ def test_special_tokens_and_the_leading_space_are_kept_off(tiny_lm, tiny_tokeniz
         return out
 
     model.get_output_embeddings().register_forward_hook(say)
+    return model
+
+
+def test_ids_end_with_the_end_of_the_text(tiny_lm, tiny_tokenizer):
+    model = scripted(tiny_lm("llama"), [5, 6, END, 7])
+    assert generate_ids(model, tiny_tokenizer, ["The capital", "A"], max_new_tokens=4) == [[5, 6, END]] * 2
+    model = scripted(tiny_lm("llama"), [5, 6])
+    assert generate_ids(model, tiny_tokenizer, ["The capital"], max_new_tokens=2) == [[5, 6]]
+
+
+def test_special_tokens_and_the_leading_space_are_kept_off(tiny_lm, tiny_tokenizer):
+    space = tiny_tokenizer.convert_tokens_to_ids("Ġ")
+    letter = tiny_tokenizer.convert_tokens_to_ids("z")
+    model = scripted(tiny_lm("llama"), [space, 1, letter, space, letter, END, letter])
     assert generate_texts(model, tiny_tokenizer, ["The capital"], max_new_tokens=7) == ["z z"]
 
 

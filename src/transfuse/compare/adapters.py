@@ -12,7 +12,7 @@ import torch
 from ..core.batches import IGNORED, pad_collator, target_logits
 from ..core.divergence import forward_kl
 from ..core.errors import BadInput
-from ..core.generate import generate_texts, pad_batch, pad_id_of
+from ..core.generate import generate_ids, pad_batch, pad_id_of
 from ..core.taps import capture, decoder_layers, replay
 from ..core.training import encode_examples, fit
 from .answerer import Answerer
@@ -22,39 +22,45 @@ from .job import Knowledge, bundled
 __all__: list[str] = []
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-CONTRASTS = 3  # other subjects per taught wording
+CONTRASTS = 2  # other subjects per taught wording
 REHEARSED = 6  # tokens of the model's own answers that are rehearsed
 STATES_BATCH = 32  # rows per pass through the blocks that stay as they are
 
 
 def rehearsal_prompts(bench: Bench) -> list[str]:
-    """Prompts whose answers must stay: the anchors, and the taught wordings with other subjects in them.
+    """Texts whose continuation must stay, as the model reads them.
 
-    The second kind teaches that an answer belongs to its subject, not to the shape of the sentence. None of the
+    The anchors; the taught wordings with other subjects in them, so that an answer belongs to its subject and not to
+    the shape of the sentence; the lessons with their answers, so that an answer ends where it ends. None of the
     prompts that locality is measured on is among them.
     """
     tested = {n for item in bench.knowledge.items for n in item.neighbours} | {p for p, _ in bench.job.known}
     names = bundled("subjects.txt").splitlines()
     draw = random.Random(bench.seed)
-    prompts = list(bench.job.anchors)
+    prompts, ended = list(bench.job.anchors), []
     for lesson in bench.knowledge.lessons:
         for wording in (lesson.prompt, *lesson.paraphrases):
+            ended.append(f"{bench.prompts(wording)} {lesson.target}")
             if lesson.subject and lesson.subject in wording:
                 prompts += [wording.replace(lesson.subject, name) for name in draw.sample(names, CONTRASTS)]
-    return [prompt for prompt in dict.fromkeys(prompts) if prompt not in tested]
+    return [*(bench.prompts(prompt) for prompt in dict.fromkeys(prompts) if prompt not in tested), *ended]
 
 
 def rehearsal_rows(bench: Bench) -> list[dict[str, Any]]:
-    """Rehearsal prompts with the answers the untouched model gives to them, in random order."""
-    prompts = [bench.prompts(prompt) for prompt in rehearsal_prompts(bench)]
+    """Rehearsal prompts with what the untouched model says after them, in random order."""
+    prompts = rehearsal_prompts(bench)
     random.Random(bench.seed).shuffle(prompts)
 
-    def ask() -> list[str]:
-        return generate_texts(bench.model, bench.tokenizer, prompts, max_new_tokens=REHEARSED, batch_size=48)
+    def ask() -> list[list[int]]:
+        return generate_ids(bench.model, bench.tokenizer, prompts, max_new_tokens=REHEARSED, batch_size=48)
 
     answers = bench.once("rehearsal", ask, prompts=prompts, tokens=REHEARSED)
-    own = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.strip()]
-    return [{**row, "rehearsal": True} for row in encode_examples(bench.tokenizer, own)]
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        read = list(bench.tokenizer(prompt)["input_ids"])
+        labels = [IGNORED] * len(read) + answer
+        rows.append({"input_ids": read + answer, "labels": labels, "rehearsal": True})
+    return rows
 
 
 def lesson_rows(bench: Bench) -> list[dict[str, Any]]:

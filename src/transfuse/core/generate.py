@@ -10,7 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BadInput
 
-__all__ = ["encode_pair", "generate_texts", "pad_batch", "predicted_tokens", "target_matches", "target_nll"]
+__all__ = [
+    "encode_pair",
+    "generate_ids",
+    "generate_texts",
+    "pad_batch",
+    "predicted_tokens",
+    "target_matches",
+    "target_nll",
+]
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], list[int]]:
@@ -89,15 +97,17 @@ def _check_context(rows: Sequence[Sequence[int]]) -> None:
 
 
 @torch.inference_mode()
-def generate_texts(
+def generate_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-) -> list[str]:
-    """Greedy continuations, in the order of `prompts`. Batches are left-padded and grouped by length.
+) -> list[list[int]]:
+    """Token ids of greedy continuations, in the order of `prompts`; a text's end is its last token.
+
+    Batches are left-padded and grouped by length.
 
     Args:
         model: A causal language model.
@@ -106,17 +116,14 @@ def generate_texts(
         max_new_tokens: Length limit of each continuation, in tokens.
         batch_size: Rows per forward pass.
 
-    Returns:
-        The new text of each prompt, special tokens removed, leading space kept off.
-
     Raises:
         BadInput: a prompt without tokens; one that leaves no room for the answer.
     """
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     _check_context(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    texts = [""] * len(rows)
-    pad = pad_id_of(tokenizer)
+    found: list[list[int]] = [[] for _ in rows]
+    pad, ends = pad_id_of(tokenizer), _end_ids(model)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids, mask = pad_batch([rows[i] for i in chosen], pad, side="left", device=model.device)
@@ -125,10 +132,32 @@ def generate_texts(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
             temperature=None, top_p=None, top_k=None, pad_token_id=pad,
         )  # fmt: skip
-        new = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(chosen, new, strict=True):
-            texts[i] = text.lstrip(" ")
-    return texts
+        for i, new in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
+            length = next((n + 1 for n, token in enumerate(new) if token in ends), len(new))
+            found[i] = new[:length]
+    return found
+
+
+def _end_ids(model: PreTrainedModel) -> set[int]:
+    """Tokens at which `generate` ends a row; what comes after them is padding."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """Greedy continuations as texts, special tokens removed, leading space kept off.
+
+    Arguments and errors as in `generate_ids`.
+    """
+    new = generate_ids(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [tokenizer.decode(ids, skip_special_tokens=True).lstrip(" ") for ids in new]
 
 
 @torch.inference_mode()
