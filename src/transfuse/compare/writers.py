@@ -27,7 +27,7 @@ class _ParametricRAG(Carrier):
     effort = 45.0
     mode: ClassVar[Literal["parametric", "combine"]]
 
-    def __init__(self, *, k: int = 1, rank: int = 2, alpha: float = 32.0, lr: float = 3e-4, epochs: int = 6):
+    def __init__(self, *, k: int = 1, rank: int = 2, alpha: float = 32.0, lr: float = 3e-4, epochs: int = 4):
         self.k, self.rank, self.alpha, self.lr, self.epochs = k, rank, alpha, lr, epochs
 
     def check(self, knowledge: Knowledge) -> None:
