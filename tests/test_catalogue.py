@@ -105,10 +105,6 @@ def test_method_is_well_formed(path):
     assert main.__doc__
 
 
-UNMEASURED: set[str] = {"ck-plug", "rome", "memit", "parametric-rag"}
-"""Methods whose record is still to be made with the file as it is; the catalogue says so to users as well."""
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_method_has_its_companions(path):
     """A test, an evidence recipe, and a record made with the file as it is now: quick always, full where measured."""
@@ -117,13 +113,7 @@ def test_method_has_its_companions(path):
     recipe = ROOT / "evidence" / method.family / f"{path.stem}.py"
     assert test.is_file(), f"write {test.relative_to(ROOT)}"
     verdicts = method.evidence
-    if method.slug not in UNMEASURED:
-        assert recipe.is_file(), f"write {recipe.relative_to(ROOT)}"
-    else:
-        assert verdicts["quick"] in ("not measured", "outdated"), (
-            f"measured: take {method.slug} off UNMEASURED"
-        )
-        return
+    assert recipe.is_file(), f"write {recipe.relative_to(ROOT)}"
     assert verdicts["quick"] in ("passed", "failed"), f"quick: {verdicts['quick']}; measure again"
     assert verdicts["full"] != "outdated", "full: outdated; measure again"
 

@@ -101,7 +101,7 @@ def test_blocks_below_are_not_needed(bench, depth):
     torch.testing.assert_close(loss.double(), slow, rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
         if name in cached:
-            torch.testing.assert_close(cached[name].double(), parameter.grad, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(cached[name].double(), parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_an_untrained_adapter_is_at_the_rehearsal_s_minimum(bench):

@@ -42,6 +42,7 @@ def test_a_comparison_from_start_to_report(recipe, tmp_path):
         folder = out / r["folder"]
         assert (folder / "transfuse.json").is_file() and (folder / "README.md").is_file(), name
         assert r["recall"]["paraphrase"]["n"] == 2 and r["locality"]["neighbours"]["n"] == 3
+        assert r["dtype"] == "float32"
         assert r["latency_seconds"]["mean"] > 0 and r["install_peak_bytes"] > 1e7
     assert list((out / "carriers" / "lora" / "adapter").glob("*.safetensors"))
     assert list((out / "carriers" / "ft-m" / "edit").glob("*.safetensors"))

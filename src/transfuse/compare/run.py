@@ -276,7 +276,7 @@ def _write_report(
         "model": {
             "spec": recipe.model,
             "parameters": known.parameters if known else None,
-            "dtype": recipe.dtype,
+            "dtype": next((r["dtype"] for r in records if r.get("dtype")), recipe.dtype),
             "fingerprint": model,
             "licence": known.licence if known else None,
         },

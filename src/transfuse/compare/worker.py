@@ -119,6 +119,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
             "reversible": carrier.reversible,
             "method": carrier.method,
             "arguments": vars(carrier),
+            "dtype": str(model.dtype).removeprefix("torch."),
             **measured,
             "install_seconds": install_seconds,
             "install_peak_bytes": peak_bytes,
