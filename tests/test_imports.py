@@ -72,13 +72,13 @@ def cpu_seconds(command: list[str]) -> float:
 def test_start_of_the_command_line(words):
     command = [sys.executable, "-c", f"from transfuse.cli import main; raise SystemExit(main({words!r}))"]
     assert (
-        min(cpu_seconds(command) for _ in range(10)) < BUDGET_SECONDS
+        min(cpu_seconds(command) for _ in range(20)) < BUDGET_SECONDS
     )  # the other workers' load adds to most
 
 
 def test_start_of_the_package():
     command = [sys.executable, "-c", "import transfuse"]
-    assert min(cpu_seconds(command) for _ in range(10)) < BUDGET_SECONDS
+    assert min(cpu_seconds(command) for _ in range(20)) < BUDGET_SECONDS
 
 
 def test_every_module_imports_quietly_and_without_the_extras():
