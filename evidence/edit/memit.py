@@ -19,7 +19,8 @@ RULE = {
 }
 NOTES = (
     "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a time; "
-    "`together` writes all of a seed's records at once."
+    "`together` writes all of a seed's records at once. With `lam` = 1500 or 150 in place of 15000 the quick tier's "
+    "six records gave an edit success of 0.667 as well: the weight of the covariance is not what holds it back."
 )
 
 
