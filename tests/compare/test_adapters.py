@@ -128,6 +128,18 @@ def test_the_states_do_not_depend_on_the_batch(bench):
         torch.testing.assert_close(each["states"], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_to_rehearse_is_no_obstacle(bench, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setattr("transfuse.compare.adapters.rehearsal_prompts", lambda bench: [])
+
+    def adapt(model, layers):
+        return get_peft_model(model, LoraConfig(r=2, target_modules=layers, task_type="CAUSAL_LM"))
+
+    answerer = LoRA(epochs=1).teach(bench, adapt, lambda adapted, folder: None)
+    assert len(answerer.generate(["The mayor of Port Ellery is"], 2)) == 1
+
+
 def test_layers_that_are_not_there(bench):
     with pytest.raises(BadInput, match="nothing"):
         LoRA(target_modules=["nothing"]).targets(bench.model)

@@ -201,8 +201,8 @@ class _Adapter(Carrier):
         rows = with_states(bench, lesson_rows(bench), block) * self.epochs
         if self.rehearsal:
             anchors = with_states(bench, rehearsal_rows(bench), block)
-            wanted = int(len(rows) * self.rehearsal)
-            rows += (anchors * (wanted // len(anchors) + 1))[:wanted]
+            wanted = int(len(rows) * self.rehearsal) if anchors else 0
+            rows += (anchors * (wanted // max(len(anchors), 1) + 1))[:wanted]
         adapted = adapt(bench.model, names)
         inside = next(n for n in decoder_layers(adapted) if n.endswith(block))
         fit(
