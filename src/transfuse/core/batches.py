@@ -18,6 +18,7 @@ __all__ = [
     "EpochOrder",
     "data_identity",
     "encode_examples",
+    "minibatches",
     "pad_collator",
     "target_logits",
     "target_loss",
@@ -199,3 +200,38 @@ class EpochOrder(torch.utils.data.Sampler[int]):
                 (batches if len(batch) == self.batch_size else short).append(batch)
         mixed = [batches[i] for i in random.permutation(len(batches)).tolist()]
         return iter([i for batch in (*mixed, *short) for i in batch])  # a short batch stays last
+
+
+def minibatches(
+    columns: Mapping[str, torch.Tensor], batch_size: int, *, seed: int, drop_last: bool = False
+) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
+    """Shuffled batches of a data set held in tensors, as `core.training.loop` takes them.
+
+    Args:
+        columns: Tensors of one length, cut along their first axis.
+        batch_size: Rows per batch.
+        seed: With the epoch's number, decides the order; the global random state is left alone.
+        drop_last: Leave out a last batch that is short.
+
+    Returns:
+        A function from the number of an epoch to its batches.
+
+    Raises:
+        BadInput: no rows (or fewer than one batch, with `drop_last`), or columns of unequal length.
+    """
+    sizes = {name: len(column) for name, column in columns.items()}
+    count = next(iter(sizes.values()), 0)
+    if len(set(sizes.values())) > 1:
+        raise BadInput("columns", sizes, "differ in length", "give one row per example to each")
+    if count < (batch_size if drop_last else 1):
+        raise BadInput("columns", count, f"rows are less than one batch of {batch_size}", "give more rows")
+
+    def epoch(number: int) -> Iterator[dict[str, torch.Tensor]]:
+        order = EpochOrder(count, seed=seed)
+        order.set_epoch(number)
+        chosen = torch.tensor(list(order))
+        for rows in chosen.split(batch_size):
+            if len(rows) == batch_size or not drop_last:
+                yield {name: column[rows] for name, column in columns.items()}
+
+    return epoch

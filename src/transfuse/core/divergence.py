@@ -18,7 +18,19 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import BadInput, IncompatibleModels
 
-__all__ = ["forward_kl", "jsd", "kl_terms", "reverse_kl", "tokenwise"]
+__all__ = [
+    "adaptive_terms",
+    "decoupled_terms",
+    "forward_kl",
+    "jsd",
+    "jsd_terms",
+    "kl_terms",
+    "mixture",
+    "reverse_kl",
+    "skew_terms",
+    "tokenwise",
+    "variation_terms",
+]
 
 Reduction = Literal["mean", "sum", "none"]
 _CHUNK_BYTES = 64 * 2**20  # one float32 copy of a chunk of logits
@@ -29,6 +41,86 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     absent = log_p == -torch.inf
     difference = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
     return (log_p.exp().masked_fill(absent, 0.0) * difference).sum(-1)
+
+
+def check_share(name: str, value: float, remedy: str = "give such a number") -> None:
+    """Refuse what is not strictly between 0 and 1.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if not 0.0 < value < 1.0:
+        raise BadInput(name, value, "is not strictly between 0 and 1", remedy)
+
+
+def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q) from log-probabilities; -inf where both are."""
+    nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # logaddexp has no gradient there
+    mixed = torch.logaddexp(
+        log_p.masked_fill(nowhere, 0.0) + math.log(share),
+        log_q.masked_fill(nowhere, 0.0) + math.log1p(-share),
+    )
+    return mixed.masked_fill(nowhere, -torch.inf)
+
+
+def jsd_terms(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """Generalised JSD of `[..., V]` log-probabilities (see `jsd`), q the student's, p the teacher's."""
+    log_m = mixture(log_p, log_q, beta)
+    return beta * kl_terms(log_p, log_m) + (1.0 - beta) * kl_terms(log_q, log_m)
+
+
+def skew_terms(log_q: Tensor, log_p: Tensor, alpha: float, *, reverse: bool = False) -> Tensor:
+    """Skew KL (DistiLLM, arXiv 2402.03898): KL(p || alpha p + (1 - alpha) q); gradients pass the mixture too.
+
+    Reversed: KL(q || (1 - alpha) p + alpha q). Finite where one of the two is zero.
+    """
+    if reverse:
+        return kl_terms(log_q, mixture(log_p, log_q, 1.0 - alpha))
+    return kl_terms(log_p, mixture(log_p, log_q, alpha))
+
+
+def variation_terms(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Total variation distance, 0.5 sum |p - q|."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def adaptive_terms(log_q: Tensor, log_p: Tensor, mu: float = 0.5) -> Tensor:
+    """Adaptive KL (AKL, arXiv 2404.02657): forward and reverse KL weighted by the gaps on the head and the tail.
+
+    The head holds the tokens whose cumulative teacher probability, summed from the least likely up, reaches mu. The
+    weights take no gradient.
+    """
+    p = log_p.exp()
+    with torch.no_grad():
+        ascending, order = p.sort(dim=-1)
+        head = torch.zeros_like(p).scatter(-1, order, (ascending.cumsum(-1) >= mu).to(p.dtype))
+        gaps = (p - log_q.exp()).abs()
+        high, low = (gaps * head).sum(-1), (gaps * (1.0 - head)).sum(-1)
+        share = torch.where(high + low > 0, high / (high + low).clamp_min(1e-30), 0.5)
+    return share * kl_terms(log_p, log_q) + (1.0 - share) * kl_terms(log_q, log_p)
+
+
+def decoupled_terms(
+    log_q: Tensor, log_p: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """Decoupled KD (DKD, arXiv 2203.08679): alpha KL(target against the rest) + beta KL over the other classes.
+
+    Args:
+        log_q: The student's log-probabilities `[n, V]`.
+        log_p: The teacher's.
+        labels: Target classes, int64 `[n]`.
+        alpha: Weight of the binary part.
+        beta: Weight of the part over the V - 1 others, each renormalised.
+    """
+    target = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, labels.unsqueeze(-1), True)
+    parts = []
+    for each in (log_q, log_p):
+        others = each.masked_fill(target, -torch.inf)
+        rest = torch.logsumexp(others, -1, keepdim=True)
+        binary = torch.cat([each.gather(-1, labels.unsqueeze(-1)), rest], -1)
+        parts.append((binary, torch.where(rest > -torch.inf, others - rest, others)))
+    (binary_q, others_q), (binary_p, others_p) = parts
+    return alpha * kl_terms(binary_p, binary_q) + beta * kl_terms(others_p, others_q)
 
 
 def tokenwise(
@@ -148,17 +240,8 @@ def jsd(
         temperature: Divides both logits.
         reduction: "mean", "sum" or "none".
     """
-    if not 0.0 < beta < 1.0:
-        raise BadInput(
-            "beta", beta, "is not strictly between 0 and 1", "use forward_kl or reverse_kl at the ends"
-        )
-    log_beta, log_rest = math.log(beta), math.log1p(-beta)
-
-    def terms(log_q: Tensor, log_p: Tensor) -> Tensor:
-        nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # logaddexp has no gradient there
-        log_m = torch.logaddexp(
-            log_p.masked_fill(nowhere, 0.0) + log_beta, log_q.masked_fill(nowhere, 0.0) + log_rest
-        )
-        return beta * kl_terms(log_p, log_m) + (1.0 - beta) * kl_terms(log_q, log_m)
-
-    return tokenwise(terms, student, teacher, mask=mask, temperature=temperature, reduction=reduction)
+    check_share("beta", beta, "use forward_kl or reverse_kl at the ends")
+    return tokenwise(
+        lambda log_q, log_p: jsd_terms(log_q, log_p, beta),
+        student, teacher, mask=mask, temperature=temperature, reduction=reduction,
+    )  # fmt: skip

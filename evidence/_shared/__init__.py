@@ -1,0 +1,1 @@
+"""What recipes share: small data sets as tensors, small networks, a character language model."""

@@ -1,0 +1,392 @@
+"""The family's trainer: a `transformers.Trainer` that runs student, teacher and objective on each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+
+from ..core.batches import IGNORED, pad_collator
+from ..core.errors import BadInput, IncompatibleModels
+from ..core.files import write_tensors
+from ..core.fused import Head
+from ..core.runs import check_finite
+from ..core.trainer import SafeTrainer
+from ._base import Objective, Reader, Signal, TokenObjective, logits_of, model_inputs
+from ._policy import Policy
+from ._store import LogitStore
+
+__all__ = ["Distiller"]
+
+Teacher = nn.Module | LogitStore | Sequence[nn.Module] | None
+
+
+class Distiller(SafeTrainer):
+    """Train a student on what a teacher says, through an objective.
+
+    A `transformers.Trainer`: its arguments, callbacks, schedules, mixed precision and `accelerate launch` work as
+    there. The teacher runs in evaluation mode, without gradients, on its own device and in its own dtype. Losses of
+    language models are normalised by the predicted tokens of the whole update, over micro-batches and processes.
+    `evaluate` reports the student's cross-entropy with the labels, whatever the objective. Checkpoints are those
+    of `SafeTrainer`; the objective's own parameters and state are in them. `save_model` writes the student alone.
+
+    Args:
+        student: The model that is trained: causal language model, PEFT model, classifier, or any module that
+            returns logits.
+        teacher: A model, a `LogitStore`, several models (their logits are averaged by `teacher_weights`), or None
+            where the objective needs none.
+        objective: An `Objective`, or the name of a standard one (`"forward-kl"`).
+        args: `transformers.TrainingArguments`.
+        train_dataset: Rows with the model's inputs and `labels`.
+        data_collator: Makes a batch of rows; `pad_collator` by default for language models.
+        processing_class: The student's tokenizer.
+        teacher_tokenizer: The teacher's, if it differs: the two vocabularies are then compared.
+        teacher_weights: Weights of several teachers; equal by default.
+        align_vocab: "refuse" vocabularies of different sizes, or "truncate" both to the shorter one: right where
+            they differ by padding rows only.
+        policy: Replaces training sequences by the student's own; None keeps the data as they are.
+        **options: Further arguments of `Trainer`.
+
+    Raises:
+        BadInput: student and teacher are one object; no teacher where one is needed; no token to predict; an
+            unknown objective; modules to tap that do not exist.
+        IncompatibleModels: vocabularies or tokenizers that differ.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher = None,
+        objective: Objective | str,
+        train_dataset: Any,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        processing_class: Any = None,
+        teacher_tokenizer: Any = None,
+        teacher_weights: Sequence[float] | None = None,
+        align_vocab: Literal["refuse", "truncate"] = "refuse",
+        policy: Policy | None = None,
+        **options: Any,
+    ):
+        if isinstance(objective, str):
+            from .survey_kd_llm import get
+
+            objective = get(objective)
+        models = _models(student, teacher, objective)
+        if len(train_dataset) == 0:
+            raise BadInput("train_dataset", "[]", "has no rows", "give at least one example")
+        same_tokenizers(processing_class, teacher_tokenizer)
+        fuse = not objective.needs_logits
+        reader = Reader(student, patterns=objective.student_taps, fuse=fuse)
+        readers = [Reader(model, patterns=objective.teacher_taps, fuse=fuse) for model in models]
+        _align(reader, readers, teacher, align_vocab)
+        collate = data_collator or (pad_collator(processing_class or 0) if reader.causal else None)
+        store = teacher if isinstance(teacher, LogitStore) else None
+        if store is not None:
+            if store.rows != len(train_dataset):
+                remedy = "capture the data set that is trained on"
+                raise BadInput(
+                    "teacher", store.rows, f"rows are stored, the data has {len(train_dataset)}", remedy
+                )
+            train_dataset = _Numbered(train_dataset)
+        if collate is not None:
+            collate = _Collator(collate, objective.columns)
+        pair = _Pair(student, objective, reader, readers, store, teacher_weights)
+        args = args or TrainingArguments()
+        args.remove_unused_columns = False
+        super().__init__(
+            model=pair, args=args, train_dataset=train_dataset, data_collator=collate,
+            processing_class=processing_class, **options,
+        )  # fmt: skip
+        self.student, self.objective, self.policy = student, objective, policy
+        self.model_accepts_loss_kwargs = reader.causal and isinstance(objective, TokenObjective)
+        self._loss_shifts_labels = True
+        self.can_return_loss = True
+        self._figures: dict[str, float] = {}
+        self.figures: list[dict[str, float]] = []
+        if policy is not None:
+            pair.policy = policy
+        self._check_rows(reader)
+        first = self._first_batch()
+        pair.set_up(first)
+        self.add_callback(_Lifecycle(self))
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+            self.remove_callback(ProgressCallback)
+
+    def _check_rows(self, reader: Reader) -> None:
+        """At least one row must have something to predict."""
+        if not reader.causal:
+            return
+        for i in range(len(self.train_dataset)):
+            labels = self.train_dataset[i].get("labels", ())
+            if any(label != IGNORED for label in list(labels)[1:]):
+                return
+        raise BadInput("train_dataset", f"{len(self.train_dataset)} rows", "predicts no token", "label some")
+
+    def _first_batch(self) -> dict[str, Any]:
+        rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
+        batch = self._prepare_inputs(self.data_collator(rows))
+        missing = [name for name in self.objective.columns if name not in batch]
+        if missing:
+            raise BadInput("train_dataset", missing[0], "is a column it lacks", "add it; see the objective")
+        return batch
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The micro-batches of an update, with the student's own sequences in place where the policy says so."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.policy is None:
+            return batches, items
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        batches = [self.policy.replace(self.student, batch, progress=progress) for batch in batches]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss in training, cross-entropy with the labels in evaluation."""
+        if not model.training:
+            value = model(inputs, evaluate=True)["loss"]
+            return (value, None) if return_outputs else value
+        whole = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+        found = model({**inputs, "items": num_items_in_batch} if whole else inputs)
+        share = 1.0 if whole else 1 / self.current_gradient_accumulation_steps
+        world = self.accelerator.num_processes if whole and self.args.average_tokens_across_devices else 1
+        for name, figure in found.items():
+            self._figures[name] = self._figures.get(name, 0.0) + float(figure.detach()) * share * world
+        value = found["loss"] * world
+        check_finite(value, self.state.global_step, self.args.learning_rate)
+        return (value, None) if return_outputs else value
+
+    def prediction_step(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        """Evaluation: the loss alone, no logits kept."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def end_update(self) -> None:
+        """Tell the objective what the update brought; processes agree on it."""
+        names = sorted(self._figures)
+        values = torch.tensor(
+            [self._figures[name] for name in names], device=self.args.device, dtype=torch.float64
+        )
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, "mean")
+        self._figures = {}
+        found = dict(zip(names, values.tolist(), strict=True))
+        self.figures.append(found)
+        self.objective.on_step(found, self.state.global_step, self.state.max_steps)
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; tells the policy the loss, if there is one."""
+        found = super().evaluate(*args, **options)
+        if self.policy is not None and "eval_loss" in found:
+            self.policy.on_evaluate(found["eval_loss"])
+        return found
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The student alone, in its own format; the tokenizer beside it."""
+        folder = Path(output_dir or self.args.output_dir)
+        if hasattr(self.student, "save_pretrained"):
+            self.student.save_pretrained(str(folder))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / "model.safetensors", self.student.state_dict())
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(str(folder))
+
+
+class _Pair(nn.Module):
+    """Student and objective as one module, so that optimizer, checkpoints and DDP see both; teachers stay outside."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        reader: Reader,
+        readers: Sequence[Reader],
+        store: LogitStore | None,
+        weights: Sequence[float] | None,
+    ):
+        super().__init__()
+        self.student, self.objective = student, objective
+        self.reader, self.readers, self.store = reader, list(readers), store
+        given = list(weights) if weights is not None else [1.0] * len(self.readers)
+        if len(given) != len(self.readers) or (given and not sum(given) > 0):
+            raise BadInput(
+                "teacher_weights", weights, f"does not fit {len(self.readers)} teachers", "one weight each"
+            )
+        self.weights = [weight / sum(given) for weight in given]
+
+    @property
+    def config(self) -> Any:
+        """The student's."""
+        return getattr(self.student, "config", None)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The student's."""
+        self.student.gradient_checkpointing_enable(**options)
+
+    def teacher(self, batch: Mapping[str, Any]) -> Signal | None:
+        """What the teachers say, as one signal."""
+        if self.store is not None:
+            return self.store.signal(batch)
+        if not self.readers:
+            return None
+        for reader in self.readers:
+            reader.model.eval()
+        signals = [reader(batch, grad=False) for reader in self.readers]
+        if len(signals) == 1:
+            return signals[0]
+        logits = sum(w * signal.whole() for w, signal in zip(self.weights, signals, strict=True))
+        assert isinstance(logits, Tensor)
+        taps = {
+            f"{i}.{name}": value for i, signal in enumerate(signals) for name, value in signal.taps.items()
+        }
+        return Signal(logits=logits, taps=taps)
+
+    def set_up(self, batch: Mapping[str, Any]) -> None:
+        """Let the objective see what it will get."""
+        mode = self.student.training
+        self.student.eval()
+        try:
+            self.objective.setup(self.reader(batch, grad=False), self.teacher(batch), batch)
+        finally:
+            self.student.train(mode)
+        self.objective.to(next(self.student.parameters()).device)
+
+    def forward(self, batch: Mapping[str, Any], evaluate: bool = False) -> dict[str, Tensor]:
+        if evaluate:
+            return {"loss": self._cross_entropy(batch)}
+        return self.objective(self.reader(batch, grad=True), self.teacher(batch), batch)
+
+    def _cross_entropy(self, batch: Mapping[str, Any]) -> Tensor:
+        if self.reader.causal:
+            return _NLL(self.reader(batch, grad=False), None, batch)["loss"]
+        logits = logits_of(self.student(**model_inputs(self.student, batch)))
+        return nn.functional.cross_entropy(logits.float(), batch["labels"])
+
+
+class _CrossEntropy(TokenObjective):
+    needs_teacher = False
+
+
+_NLL = _CrossEntropy(kd_weight=0.0, ce_weight=1.0)
+
+
+class _Lifecycle(TrainerCallback):
+    def __init__(self, trainer: Distiller):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epochs = max(int(state.num_train_epochs), 1)
+        self.trainer.objective.on_epoch(self.trainer.student, int(state.epoch or 0), epochs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.end_update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs and self.trainer.figures:
+            logs.update({f"loss/{k}": v for k, v in self.trainer.figures[-1].items() if k != "loss"})
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """A data set whose rows know their number."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "row": index}
+
+
+class _Collator:
+    """Keeps row numbers and an objective's columns, which a tokenizer's collator drops."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], columns: Sequence[str]):
+        self.collate, self.columns = collate, columns
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = dict(self.collate(rows))
+        if "row" in rows[0]:
+            batch["row"] = torch.tensor([row["row"] for row in rows])
+        for name in self.columns:
+            if name in rows[0] and name not in batch:
+                values = [torch.as_tensor(row[name]) for row in rows]
+                ragged = values[0].dim() > 0
+                batch[name] = (
+                    nn.utils.rnn.pad_sequence(values, batch_first=True) if ragged else torch.stack(values)
+                )
+        return batch
+
+
+def _models(student: nn.Module, teacher: Teacher, objective: Objective) -> list[nn.Module]:
+    """The teachers that are models, checked."""
+    if teacher is None:
+        if objective.needs_teacher and getattr(objective, "kd_weight", 1.0):
+            raise BadInput(
+                "teacher", None, f"is needed by {type(objective).__name__}", "give a model or a LogitStore"
+            )
+        return []
+    if isinstance(teacher, LogitStore):
+        if objective.teacher_taps or objective.needs_logits:
+            problem = f"has no hidden states or whole logits, and {type(objective).__name__} reads them"
+            raise BadInput("teacher", "LogitStore", problem, "use a teacher model")
+        return []
+    models = list(teacher) if isinstance(teacher, Sequence) else [teacher]
+    if any(model is student for model in models):
+        raise BadInput(
+            "teacher", type(student).__name__, "is the student itself", "pass a copy (copy.deepcopy)"
+        )
+    return models
+
+
+def _align(reader: Reader, readers: Sequence[Reader], teacher: Teacher, rule: str) -> None:
+    """Compare vocabularies; under "truncate", cut all heads to the shortest."""
+    if rule not in ("refuse", "truncate"):
+        raise BadInput("align_vocab", rule, "is not known", 'use "refuse" or "truncate"')
+    if not reader.causal:
+        return
+    sizes = [_vocabulary(r) for r in readers]
+    if isinstance(teacher, LogitStore):
+        sizes.append(teacher.vocabulary)
+    ours = _vocabulary(reader)
+    least = min([ours, *sizes])
+    if all(size == ours for size in sizes):
+        return
+    theirs = next(size for size in sizes if size != ours)
+    heads = [r.head for r in (reader, *readers)]
+    if rule == "refuse" or any(head is None for head in heads):
+        remedy = (
+            'pass align_vocab="truncate" where they differ by padding rows, or a cross-tokenizer objective'
+        )
+        raise IncompatibleModels("teacher", theirs, f"entries of vocabulary, the student has {ours}", remedy)
+    for each, head in zip((reader, *readers), heads, strict=True):
+        assert isinstance(head, Head)
+        each.head = Head(head.weight, head.bias, head.softcap, head.scale, least)
+
+
+def _vocabulary(reader: Reader) -> int:
+    return reader.head.vocabulary if reader.head is not None else int(reader.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+
+
+def same_tokenizers(student: Any, teacher: Any) -> None:
+    """Refuse two tokenizers whose ids mean different tokens.
+
+    Raises:
+        IncompatibleModels: the first id that differs is named.
+    """
+    if student is None or teacher is None or student is teacher:
+        return
+    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
+    for i in sorted(ours.keys() & theirs.keys()):
+        if ours[i] != theirs[i]:
+            problem = f"means {theirs[i]!r} to the teacher and {ours[i]!r} to the student"
+            raise IncompatibleModels("teacher_tokenizer", i, problem, "use a cross-tokenizer objective (ULD)")

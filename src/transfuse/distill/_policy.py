@@ -1,0 +1,187 @@
+"""Which sequences a student learns on: the data's, or its own continuations of the data's prompts."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batches import IGNORED
+from ..core.errors import BadInput
+from ..core.generate import pad_batch
+
+__all__ = ["AdaptivePolicy", "Policy", "continuations", "prompts_of"]
+
+
+class Policy(nn.Module):
+    """GKD's rule (arXiv 2306.13649): with probability `fraction` a batch becomes the student's own samples.
+
+    A row's prompt is what comes before its first labelled token; the student's continuation, to and with its
+    end-of-text token, takes the place of what follows, and is what is predicted. No gradient passes through the
+    sampling. Draws from the global random state, which training seeds and checkpoints keep.
+
+    Args:
+        fraction: Probability (lambda).
+        max_new_tokens: Longest continuation.
+        temperature: Of the sampling; top-k and top-p are off.
+        prompt_tokens: Length of the prompt in rows whose tokens are all labelled; such rows are refused if None.
+    """
+
+    def __init__(
+        self,
+        *,
+        fraction: float = 0.5,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        prompt_tokens: int | None = None,
+    ):
+        super().__init__()
+        if not 0.0 <= fraction <= 1.0:
+            raise BadInput("fraction", fraction, "is not a probability", "give a number from 0 to 1")
+        if max_new_tokens < 1:
+            raise BadInput("max_new_tokens", max_new_tokens, "is below 1", "give a positive number")
+        if not temperature > 0:
+            raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
+        self.fraction, self.max_new_tokens = fraction, max_new_tokens
+        self.temperature, self.prompt_tokens = temperature, prompt_tokens
+
+    def replace(self, student: nn.Module, batch: dict[str, Any], *, progress: float) -> dict[str, Any]:
+        """The batch to train on.
+
+        Args:
+            student: Samples, in evaluation mode.
+            batch: As collated: `input_ids`, `attention_mask`, `labels`.
+            progress: Share of the updates made, 0 to 1.
+        """
+        return self.sampled(student, batch) if random.random() < self.fraction else batch
+
+    def on_evaluate(self, loss: float) -> None:
+        """Called with each validation loss."""
+
+    def sampled(self, student: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The student's continuations of the batch's prompts, as a batch of the same form."""
+        rows = prompts_of(batch, self.prompt_tokens)
+        device = next(student.parameters()).device
+        return continuations(
+            student, rows, device, max_new_tokens=self.max_new_tokens, temperature=self.temperature
+        )
+
+
+class AdaptivePolicy(Policy):
+    """DistiLLM's adaptive off-policy scheme (arXiv 2402.03898).
+
+    The probability phi of the student's outputs starts at 0 and rises by `increase` whenever the validation loss
+    does not improve. With r uniform in [0, 1): new samples, which are also stored, if r < phi (1 - progress), or if
+    r < phi while the buffer is not full; else stored ones if r < phi; else the data.
+
+    phi and the best loss are in checkpoints; the buffer is not, and fills again after a resumption.
+
+    Args:
+        increase: Step of phi.
+        buffer: Batches kept, the oldest going first.
+        **options: Those of `Policy` but `fraction`.
+    """
+
+    phi: Tensor
+    best: Tensor
+
+    def __init__(self, *, increase: float = 0.1, buffer: int = 1000, **options: Any):
+        super().__init__(fraction=0.0, **options)
+        if buffer < 1:
+            raise BadInput("buffer", buffer, "is below 1", "give a positive number")
+        self.increase = increase
+        self.stored: deque[dict[str, Any]] = deque(maxlen=buffer)
+        self.register_buffer("phi", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("best", torch.full((), torch.inf, dtype=torch.float64))
+
+    def replace(self, student: nn.Module, batch: dict[str, Any], *, progress: float) -> dict[str, Any]:
+        draw, phi = random.random(), float(self.phi)
+        room = len(self.stored) < (self.stored.maxlen or 0)
+        if draw < phi * (1.0 - progress) or (draw < phi and room):
+            self.stored.append(self.sampled(student, batch))
+            return self.stored[-1]
+        if draw < phi:
+            return self.stored[random.randrange(len(self.stored))]
+        return batch
+
+    def on_evaluate(self, loss: float) -> None:
+        if loss >= float(self.best):
+            self.phi.copy_((self.phi + self.increase).clamp_max(1.0))
+        self.best.copy_(torch.minimum(self.best, torch.tensor(loss, dtype=torch.float64)))
+
+
+def prompts_of(batch: Mapping[str, Any], prompt_tokens: int | None = None) -> list[list[int]]:
+    """Token ids of each row before its first labelled token.
+
+    Raises:
+        BadInput: a row begins with a labelled token and `prompt_tokens` is None.
+    """
+    rows = []
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        ids, labels = ids[mask.bool()], labels[mask.bool()]
+        labelled = (labels != IGNORED).nonzero()
+        length = int(labelled[0]) if len(labelled) else len(ids)
+        if length == 0:
+            if prompt_tokens is None:
+                raise BadInput(
+                    "prompt_tokens", None, "is needed: rows have no prompt", "give a number of tokens"
+                )
+            length = min(prompt_tokens, len(ids))
+        rows.append(ids[:length].tolist())
+    return rows
+
+
+def continuations(
+    student: nn.Module,
+    prompts: list[list[int]],
+    device: torch.device,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Sample continuations, batched, without dropout, and label them.
+
+    Args:
+        student: A causal language model.
+        prompts: Token ids per row.
+        device: Of the result.
+        max_new_tokens: Longest continuation.
+        temperature: Of the sampling.
+        **options: Further ones of `generate`.
+
+    Returns:
+        `input_ids`, `attention_mask`, `labels` `[B, T]`, padded on the right; the prompt is not labelled, the end of
+        text is.
+    """
+    model: Any = student
+    config = model.generation_config
+    pad = config.pad_token_id if config.pad_token_id is not None else model.config.pad_token_id or 0
+    ends = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
+    stops = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    ids, mask = pad_batch(prompts, pad, side="left")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, top_k=0, top_p=1.0,
+                temperature=temperature, max_new_tokens=max_new_tokens, pad_token_id=pad, use_cache=True, **options,
+            )[:, ids.shape[1] :].tolist()  # fmt: skip
+    finally:
+        model.train(training)
+    rows, labels = [], []
+    for prompt, tokens in zip(prompts, out, strict=True):
+        end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+        rows.append(prompt + tokens[:end])
+        labels.append([IGNORED] * len(prompt) + tokens[:end])
+    padded, attention = pad_batch(rows, pad)
+    return {
+        "input_ids": padded.to(device),
+        "attention_mask": attention.to(device),
+        "labels": pad_batch(labels, IGNORED)[0].to(device),
+    }

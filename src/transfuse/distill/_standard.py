@@ -1,0 +1,241 @@
+"""The standard divergences as objectives, all of `core.divergence`'s terms at one temperature."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core.divergence import (
+    adaptive_terms,
+    check_share,
+    decoupled_terms,
+    jsd_terms,
+    kl_terms,
+    skew_terms,
+    variation_terms,
+)
+from ..core.errors import BadInput
+from ._base import TokenObjective
+
+__all__ = [
+    "JSD",
+    "AdaptiveKL",
+    "CrossEntropy",
+    "DecoupledKD",
+    "Divergence",
+    "ForwardKL",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "TotalVariation",
+]
+
+Rest = Literal["bucket", "zero"]
+
+
+class Divergence(TokenObjective):
+    """A divergence between the tempered distributions of student and teacher, times the squared temperature.
+
+    Args:
+        temperature: Divides both logits.
+        kd_weight: Weight of the divergence.
+        ce_weight: Weight of the cross-entropy with the labels, at temperature 1.
+        rest: For a stored teacher, see `TokenObjective`.
+        compile: Use `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        rest: Rest = "bucket",
+        compile: bool = False,
+    ):
+        super().__init__(kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile)
+        if not temperature > 0:
+            raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
+        self.temperature = temperature
+
+    def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        """The divergence of each token, `[n]`, from log-probabilities `[n, V]`: q the student's, p the teacher's."""
+        raise NotImplementedError
+
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, **columns: Tensor) -> Tensor:
+        log_q, log_p = (torch.log_softmax(z / self.temperature, dim=-1) for z in (student, teacher))
+        return self.between(log_q, log_p, labels) * self.temperature**2
+
+
+class ForwardKL(Divergence):
+    """KL(p || q), Hinton's loss: the student must cover all that the teacher holds possible."""
+
+    def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        return kl_terms(log_p, log_q)
+
+
+class ReverseKL(Divergence):
+    """KL(q || p): the student must stay where the teacher is. The slope passes both q."""
+
+    def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        return kl_terms(log_q, log_p)
+
+
+class TotalVariation(Divergence):
+    """0.5 sum |p - q|."""
+
+    def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        return variation_terms(log_q, log_p)
+
+
+class JSD(Divergence):
+    """Generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649); 0 is forward KL and 1 reverse KL.
+
+    Args:
+        beta: Weight of the teacher in the mixture, from 0 to 1.
+        temperature: Divides both logits.
+        kd_weight: Weight of the divergence.
+        ce_weight: Weight of the cross-entropy with the labels.
+        rest: For a stored teacher, see `TokenObjective`.
+        compile: Use `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        rest: Rest = "bucket",
+        compile: bool = False,
+    ):
+        super().__init__(
+            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile
+        )
+        if not 0.0 <= beta <= 1.0:
+            raise BadInput("beta", beta, "is not between 0 and 1", "give a share")
+        self.beta = beta
+
+    def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        if self.beta == 0.0:
+            return kl_terms(log_p, log_q)
+        if self.beta == 1.0:
+            return kl_terms(log_q, log_p)
+        return jsd_terms(log_q, log_p, self.beta)
+
+
+class SkewKL(Divergence):
+    """DistiLLM's skew KL (arXiv 2402.03898): KL(p || alpha p + (1 - alpha) q).
+
+    Args:
+        alpha: Share of the teacher in the mixture.
+        temperature: Divides both logits.
+        kd_weight: Weight of the divergence.
+        ce_weight: Weight of the cross-entropy with the labels.
+        rest: For a stored teacher, see `TokenObjective`.
+        compile: Use `torch.compile`.
+    """
+
+    reverse = False
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.1,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        rest: Rest = "bucket",
+        compile: bool = False,
+    ):
+        super().__init__(
+            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile
+        )
+        check_share("alpha", alpha, "use ForwardKL or ReverseKL at the ends")
+        self.alpha = alpha
+
+    def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        return skew_terms(log_q, log_p, self.alpha, reverse=self.reverse)
+
+
+class SkewReverseKL(SkewKL):
+    """DistiLLM's skew reverse KL: KL(q || (1 - alpha) p + alpha q). Arguments as for `SkewKL`."""
+
+    reverse = True
+
+
+class AdaptiveKL(Divergence):
+    """AKL (arXiv 2404.02657): forward and reverse KL, weighted by where the two distributions differ.
+
+    Args:
+        mu: Cumulative teacher probability, from the least likely token up, where the head begins.
+        temperature: Divides both logits.
+        kd_weight: Weight of the divergence.
+        ce_weight: Weight of the cross-entropy with the labels.
+        rest: For a stored teacher, see `TokenObjective`.
+        compile: Use `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        *,
+        mu: float = 0.5,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        rest: Rest = "bucket",
+        compile: bool = False,
+    ):
+        super().__init__(
+            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile
+        )
+        check_share("mu", mu)
+        self.mu = mu
+
+    def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        return adaptive_terms(log_q, log_p, self.mu)
+
+
+class DecoupledKD(Divergence):
+    """DKD (arXiv 2203.08679): the target class against the rest, and the other classes among themselves.
+
+    Args:
+        alpha: Weight of the first part.
+        beta: Weight of the second.
+        temperature: Divides both logits.
+        kd_weight: Weight of both.
+        ce_weight: Weight of the cross-entropy with the labels.
+        rest: For a stored teacher, see `TokenObjective`.
+        compile: Use `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        rest: Rest = "bucket",
+        compile: bool = False,
+    ):
+        super().__init__(
+            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile
+        )
+        self.alpha, self.beta = alpha, beta
+
+    def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+        return decoupled_terms(log_q, log_p, labels, self.alpha, self.beta)
+
+
+class CrossEntropy(TokenObjective):
+    """Learning from the labels alone: fine-tuning, or SeqKD where a teacher wrote the sequences."""
+
+    needs_teacher = False
+
+    def __init__(self, *, ce_weight: float = 1.0, compile: bool = False):
+        super().__init__(kd_weight=0.0, ce_weight=ce_weight, compile=compile)
