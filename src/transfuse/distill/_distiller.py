@@ -16,7 +16,7 @@ from ..core.files import write_tensors
 from ..core.fused import Head
 from ..core.runs import check_finite
 from ..core.trainer import SafeTrainer
-from ._base import Objective, Reader, Signal, TokenObjective, logits_of, model_inputs
+from ._base import CrossEntropy, Objective, Reader, Signal, TokenObjective, logits_of, model_inputs
 from ._policy import Policy
 from ._store import LogitStore
 
@@ -191,11 +191,12 @@ class Distiller(SafeTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The student alone, in its own format; the tokenizer beside it."""
         folder = Path(output_dir or self.args.output_dir)
-        if hasattr(self.student, "save_pretrained"):
-            self.student.save_pretrained(str(folder))
+        student: Any = self.student
+        if hasattr(student, "save_pretrained"):
+            student.save_pretrained(str(folder))
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / "model.safetensors", self.student.state_dict())
+            write_tensors(folder / "model.safetensors", student.state_dict())
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
 
@@ -229,7 +230,8 @@ class _Pair(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """The student's."""
-        self.student.gradient_checkpointing_enable(**options)
+        student: Any = self.student
+        student.gradient_checkpointing_enable(**options)
 
     def teacher(self, batch: Mapping[str, Any]) -> Signal | None:
         """What the teachers say, as one signal."""
@@ -271,11 +273,7 @@ class _Pair(nn.Module):
         return nn.functional.cross_entropy(logits.float(), batch["labels"])
 
 
-class _CrossEntropy(TokenObjective):
-    needs_teacher = False
-
-
-_NLL = _CrossEntropy(kd_weight=0.0, ce_weight=1.0)
+_NLL = CrossEntropy()
 
 
 class _Lifecycle(TrainerCallback):
@@ -330,7 +328,7 @@ class _Collator:
 def _models(student: nn.Module, teacher: Teacher, objective: Objective) -> list[nn.Module]:
     """The teachers that are models, checked."""
     if teacher is None:
-        if objective.needs_teacher and getattr(objective, "kd_weight", 1.0):
+        if objective.needs_teacher and getattr(objective, "kd_weight", True):
             raise BadInput(
                 "teacher", None, f"is needed by {type(objective).__name__}", "give a model or a LogitStore"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from ..core.divergence import (
     variation_terms,
 )
 from ..core.errors import BadInput
-from ._base import TokenObjective
+from ._base import CrossEntropy, TokenObjective
 
 __all__ = [
     "JSD",
@@ -60,9 +61,9 @@ class Divergence(TokenObjective):
             raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
         self.temperature = temperature
 
+    @abc.abstractmethod
     def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
         """The divergence of each token, `[n]`, from log-probabilities `[n, V]`: q the student's, p the teacher's."""
-        raise NotImplementedError
 
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, **columns: Tensor) -> Tensor:
         log_q, log_p = (torch.log_softmax(z / self.temperature, dim=-1) for z in (student, teacher))
@@ -230,12 +231,3 @@ class DecoupledKD(Divergence):
 
     def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
         return decoupled_terms(log_q, log_p, labels, self.alpha, self.beta)
-
-
-class CrossEntropy(TokenObjective):
-    """Learning from the labels alone: fine-tuning, or SeqKD where a teacher wrote the sequences."""
-
-    needs_teacher = False
-
-    def __init__(self, *, ce_weight: float = 1.0, compile: bool = False):
-        super().__init__(kd_weight=0.0, ce_weight=ce_weight, compile=compile)

@@ -147,7 +147,8 @@ class LogitStore:
             BadInput: k out of range, no rows, or a folder that holds a store of other data or another k.
         """
         reader = Reader(model)
-        vocabulary = reader.head.vocabulary if reader.head is not None else model.config.vocab_size  # type: ignore[union-attr]
+        config: Any = model.config
+        vocabulary = reader.head.vocabulary if reader.head is not None else int(config.vocab_size)
         if not 0 < k < vocabulary:
             raise BadInput("k", k, f"is not between 1 and V - 1 = {vocabulary - 1}", "store fewer entries")
         if len(dataset) == 0:

@@ -68,9 +68,7 @@ def prune(
     del stack[len(blocks) :]
     for i, block in enumerate(blocks):
         stack[i] = block
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = i
+        _set(block, "layer_idx", i)
     config: Any = student.config.get_text_config()
     for name in ("num_hidden_layers", "n_layer", "n_layers"):
         if hasattr(config, name):
@@ -128,7 +126,8 @@ def _narrow(block: nn.Module, width: int, where: str) -> None:
     with torch.no_grad():
         strength = down.weight.float().norm(dim=0)
         for name in inward:
-            strength = strength * block.get_submodule(name).weight.float().norm(dim=1)
+            inner: Any = block.get_submodule(name)
+            strength = strength * inner.weight.float().norm(dim=1)
         best = strength.topk(width).indices.sort().values
         for name in inward:
             layer: Any = block.get_submodule(name)
@@ -138,6 +137,11 @@ def _narrow(block: nn.Module, width: int, where: str) -> None:
             layer.out_features = width
         down.weight = nn.Parameter(down.weight[:, best].clone(), down.weight.requires_grad)
         down.in_features = width
+    _set(block, "intermediate_size", width)
+
+
+def _set(block: nn.Module, name: str, value: int) -> None:
+    """Set what modules of a block remember about themselves."""
     for module in block.modules():
-        if hasattr(module, "intermediate_size"):
-            module.intermediate_size = width
+        if hasattr(module, name):
+            setattr(module, name, value)
