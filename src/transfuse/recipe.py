@@ -14,16 +14,13 @@ the family's `transfer` function. File names are relative to the recipe, `output
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
 import os
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,10 +37,11 @@ from .core.fields import (
     suggest,
     uses_and_with,
 )
-from .core.files import check_writable, locked, sha256_json
+from .core.files import check_writable, sha256_json
 from .core.lineage import amend_lineage, input_hash, read_lineage, write_lineage
 from .core.schema import json_schema
 from .core.strict_yaml import load
+from .core.workshop import finished, tell, workshop
 
 __all__ = ["Run", "build", "check", "from_mapping", "load", "run", "schema"]
 
@@ -51,12 +49,29 @@ __all__ = ["Run", "build", "check", "from_mapping", "load", "run", "schema"]
 SUPPLIED = ("model", "tokenizer", "method", "output", "scratch", "seed")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """A model cut out of another: `student: {prune: smollm2-135m, layers: 10}`.
+
+    Attributes:
+        prune: The model it is cut out of, as `transfuse.load` takes it.
+        layers: Number of blocks kept, spread evenly; None for all.
+        keep: Their numbers instead.
+        intermediate: Width of the MLPs; None for the model's.
+    """
+
+    prune: str
+    layers: int | None = None
+    keep: list[int] | None = None
+    intermediate: int | None = None
+
+
 @dataclass(frozen=True)
 class Run:
     """A checked run recipe.
 
     Attributes:
-        model: What `transfuse.load` takes.
+        model: What `transfuse.load` takes, or what is cut out of such a model.
         method: The method with its checked arguments.
         slug: Its name.
         family: Its family.
@@ -67,7 +82,7 @@ class Run:
         device: As `transfuse.load` takes it.
     """
 
-    model: str
+    model: str | Pruned
     method: Node
     slug: str
     family: str
@@ -78,11 +93,16 @@ class Run:
     device: str = "cpu"
 
     @property
+    def spec(self) -> str | dict[str, Any]:
+        """The model as `core.pruning.load_or_prune` takes it."""
+        return asdict(self.model) if isinstance(self.model, Pruned) else self.model
+
+    @property
     def identity(self) -> str:
         """SHA-256 over all that decides the result: names, arguments, and the contents of the files named."""
         inputs = {name: input_hash(value) for name, value in self.inputs.items()}
         arguments = {name: input_hash(_described(value)) for name, value in self.method.arguments.items()}
-        return sha256_json([self.model, self.slug, arguments, inputs, self.seed, self.dtype, self.device])
+        return sha256_json([self.spec, self.slug, arguments, inputs, self.seed, self.dtype, self.device])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +110,15 @@ class _Common:
     """What every run recipe may hold.
 
     Attributes:
-        model: A reference model's name, a folder, or a hub id.
+        model: A reference model's name, a folder, or a hub id; where there is a teacher it may be called
+            `student`, and be cut out of another model: `{prune: smollm2-135m, layers: 10}`.
         output: Folder of the result; `runs/<name of the recipe>` by default.
         seed: Of everything that draws random numbers.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", "cuda:1" or "auto".
     """
 
-    model: str
+    model: str | Pruned
     output: Path | None = None
     seed: int = 0
     dtype: str = "auto"
@@ -127,6 +148,8 @@ def check(
         raise BadInput(at(where, "method"), None, "is missing", "add method: {uses: <slug>, with: {...}}")
     method, node = _method(mapping["method"], at(where, "method"), base)
     transfer = _transfer(method)
+    if "student" in mapping and "teacher" in parameters_of(transfer):
+        mapping = {"model" if key == "student" else key: value for key, value in mapping.items()}
     common = {f.name: mapping[f.name] for f in fields(_Common) if f.name in mapping}
     rest = {key: value for key, value in mapping.items() if key not in common and key != "method"}
     needed = [name for name in parameters_of(transfer) if name not in SUPPLIED]
@@ -140,13 +163,21 @@ def check(
         if name in inputs and inputs[name] is not None and _is_path(hint):
             inputs[name] = _existing(base, inputs[name], at(where, name))
     checked = from_mapping(_Common, common, where)
-    model = str(base / checked.model) if (base / checked.model).is_dir() else checked.model
+    model: Any = checked.model
+    if isinstance(model, Pruned):
+        model = replace(model, prune=_local(base, model.prune))
+    else:
+        model = _local(base, model)
     chosen = Path(output).expanduser() if output is not None else checked.output
     if chosen is None:
         chosen = Path("runs") / (path.stem if path else method.slug)
     return Run(
         model, node, method.slug, method.family, inputs, chosen, checked.seed, checked.dtype, checked.device
     )
+
+
+def _local(base: Path, model: str) -> str:
+    return str(base / model) if (base / model).is_dir() else model
 
 
 def _method(value: Any, where: str, base: Path) -> tuple[catalogue.Method, Node]:
@@ -275,28 +306,32 @@ def run(
     """
     job = check(recipe, output=output)
     target, identity = check_writable(job.output), job.identity
-    if _finished(target, identity):
-        _tell(f"{job.slug}: already in {target}")
+    if finished(target, identity):
+        tell(f"{job.slug}: already in {target}")
         return target
     method = build(job.method)
 
-    from .core.models import load as load_model
+    from .core.pruning import load_or_prune
     from .core.training import seeded
 
     started = time.perf_counter()
-    _tell(f"{job.slug}: loading {job.model}")
-    model, tokenizer = load_model(job.model, dtype=job.dtype, device=job.device)
-    with _workshop(target, identity) as work:
-        if _finished(target, identity):  # another process made it while this one waited
+    tell(f"{job.slug}: loading {job.model}")
+    model, tokenizer = load_or_prune(job.spec, dtype=job.dtype, device=job.device)
+    rank = int(os.environ.get("RANK", "0"))  # set by `accelerate launch`: all work, the first one writes
+    with workshop(target, identity, join=rank > 0) as work:
+        if rank == 0 and finished(target, identity):  # another process made it while this one waited
             return target
-        result, transfer = work / "result", _transfer(catalogue.find(job.slug))
+        result = work / ("result" if rank == 0 else f"rank-{rank}")
+        transfer = _transfer(catalogue.find(job.slug))
         supplied = {"output": result, "scratch": work / "scratch", "seed": job.seed}
         extra = {
             name: value for name, value in supplied.items() if name in inspect.signature(transfer).parameters
         }
-        _tell(f"{job.slug}: working")
+        tell(f"{job.slug}: working")
         with seeded(job.seed):
             transfer(model, tokenizer, method=method, **extra, **job.inputs)
+        if rank > 0:
+            return target
         if not (result / "transfuse.json").is_file():
             write_lineage(result, method=job.slug)
         arguments = {name: _described(value) for name, value in job.method.arguments.items()}
@@ -305,43 +340,12 @@ def run(
             result,
             arguments={**arguments, **read_lineage(result)["arguments"]},
             seed=job.seed,
-            base_model=job.model,
+            base_model=job.model if isinstance(job.model, str) else job.model.prune,
             run={"identity": identity, "inputs": job.inputs, "seconds": seconds},
         )
         os.replace(result, target)
-    _tell(f"{job.slug}: done in {time.perf_counter() - started:.1f} s, see {target}")
+    tell(f"{job.slug}: done in {time.perf_counter() - started:.1f} s, see {target}")
     return target
-
-
-def _finished(target: Path, identity: str) -> bool:
-    """Whether `target` is this run's result; anything else in its place is refused."""
-    if not target.is_dir() or not any(target.iterdir()):
-        return False
-    with contextlib.suppress(BadInput):
-        if read_lineage(target).get("run", {}).get("identity") == identity:
-            return True
-    raise BadInput("output", str(target), "holds something else", "choose another folder, or remove this one")
-
-
-@contextlib.contextmanager
-def _workshop(target: Path, identity: str) -> Iterator[Path]:
-    """A hidden folder beside `target`, for one run at a time; an error leaves it only with checkpoints."""
-    missing = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
-    work = target.parent / f".{target.name}.{identity[:12]}.work"
-    try:
-        with locked(work / "lock"):
-            shutil.rmtree(work / "result", ignore_errors=True)
-            if target.is_dir() and not any(target.iterdir()):
-                target.rmdir()
-            yield work
-            shutil.rmtree(work, ignore_errors=True)
-    except BaseException:
-        if not (work / "scratch").is_dir() or not any((work / "scratch").iterdir()):
-            shutil.rmtree(work, ignore_errors=True)
-            for folder in missing:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-        raise
 
 
 def schema() -> dict[str, Any]:
@@ -391,8 +395,3 @@ def schema() -> dict[str, Any]:
         "then": comparison,
         "else": run_recipe,
     }
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

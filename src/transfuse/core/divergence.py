@@ -36,8 +36,20 @@ Reduction = Literal["mean", "sum", "none"]
 _CHUNK_BYTES = 64 * 2**20  # one float32 copy of a chunk of logits
 
 
+def _bounded(log_p: Tensor) -> bool:
+    """Whether no probability is known to be zero: then the passes that guard against it can be left out.
+
+    Looked up on CPU only, where a look costs less than they do; on a GPU it would wait for the device.
+    """
+    if log_p.device.type != "cpu" or torch.compiler.is_compiling() or not log_p.numel():
+        return False
+    return bool(log_p.detach().min() > -torch.inf)
+
+
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) over the last axis from log-probabilities `[..., V]`; 0 log 0 = 0."""
+    if _bounded(log_p):
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
     absent = log_p == -torch.inf
     difference = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
     return (log_p.exp().masked_fill(absent, 0.0) * difference).sum(-1)
@@ -55,6 +67,8 @@ def check_share(name: str, value: float, remedy: str = "give such a number") -> 
 
 def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     """log(share p + (1 - share) q) from log-probabilities; -inf where both are."""
+    if _bounded(log_p) or _bounded(log_q):
+        return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
     nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # logaddexp has no gradient there
     mixed = torch.logaddexp(
         log_p.masked_fill(nowhere, 0.0) + math.log(share),

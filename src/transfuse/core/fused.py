@@ -2,11 +2,12 @@
 
 The value and the exact gradients with respect to hidden states and head are computed together, chunk by chunk,
 in the forward pass; the backward pass only scales them. Whatever the batch, memory holds the logits of one
-chunk, one float32 gradient of the head, and one gradient of the hidden states.
+chunk (in the head's dtype; float32 copies of a few rows of it), one gradient of the head, one of the states.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,10 @@ from .errors import BadInput, IncompatibleModels
 __all__ = ["Head", "fused_sums", "head_of"]
 
 _CHUNK_BYTES = 64 * 2**20  # one float32 copy of a chunk of logits
-_LEAST_ROWS = 64  # below this the products with the head are slow whatever the vocabulary
+_LEAST_ROWS = 256  # below this the products with the head are slow whatever the vocabulary
+_CACHE_BYTES = (
+    2**20
+)  # on a CPU, the terms of so many bytes of logits are made at a time: they stay in its cache
 
 Terms = Callable[..., Mapping[str, Tensor]]
 """`terms(student logits [n, V], teacher logits [n, V] or None, **columns)` -> {"loss": [n], ...}."""
@@ -56,17 +60,22 @@ class Head:
         )
 
     def finish(self, product: Tensor) -> Tensor:
-        """Float32 logits (float64 for float64) from the product."""
-        logits = product.to(torch.promote_types(product.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        """Logits from the product, see `finished`."""
+        return finished(product, self.softcap, self.scale)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits of `hidden` `[..., D]`, on its device."""
         return self.finish(self.product(hidden)).to(hidden.device)
+
+
+def finished(product: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """Float32 logits (float64 for float64) from the product of hidden states with a head's weight."""
+    logits = product.to(torch.promote_types(product.dtype, torch.float32))
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
 
 
 def head_of(model: Any) -> Head | None:
@@ -107,6 +116,7 @@ def fused_sums(
     teacher: tuple[Tensor, Head] | Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
     chunk_bytes: int = _CHUNK_BYTES,
+    compile: bool = False,
 ) -> dict[str, Tensor]:
     """Sums over tokens of what `terms` gives, with exact gradients of the sum of `"loss"`.
 
@@ -118,6 +128,7 @@ def fused_sums(
         teacher: The teacher's states `[N, D']` and head, or its logits `[N, V]`; no gradient reaches them.
         columns: Tensors `[N, ...]` cut along with the tokens and handed to `terms` by name.
         chunk_bytes: Most bytes of one float32 copy of a chunk's logits.
+        compile: Pass a chunk's loss and slope through `torch.compile`; kept as long as `terms` is the same object.
 
     Returns:
         Float32 scalars by name (float64 for float64 states); `"loss"` can be differentiated once.
@@ -141,7 +152,8 @@ def fused_sums(
                 'use one tokenizer; align_vocab="truncate" where only padding rows differ',
             )  # fmt: skip
     rows = max(_LEAST_ROWS, chunk_bytes // (4 * head.vocabulary))
-    plan = _Plan(terms, head, teacher, columns, rows)
+    inner = max(1, _CACHE_BYTES // (4 * head.vocabulary)) if hidden.device.type == "cpu" else rows
+    plan = _Plan(terms, head, teacher, columns, rows, inner, compile)
     names = plan.names(hidden)
     values = _Fused.apply(plan, names, hidden, head.weight, head.bias)
     return dict(zip(names, values, strict=True))
@@ -154,27 +166,62 @@ class _Plan:
     teacher: tuple[Tensor, Head] | Tensor | None
     columns: dict[str, Tensor]
     rows: int
+    inner: int
+    compile: bool
 
     def names(self, hidden: Tensor) -> tuple[str, ...]:
         """What `terms` returns, "loss" first; asked of it with no token."""
+        none = slice(0, 0)
         with torch.no_grad():
-            found = self.terms(*self.inputs(hidden, slice(0, 0)), **self.cut(slice(0, 0)))
+            theirs = self.reference(self.products(none), none, hidden.device)
+            cut = {name: column[none] for name, column in self.columns.items()}
+            found = self.terms(self.head(hidden[none]), theirs, **cut)
         return ("loss", *(name for name in found if name != "loss"))
 
-    def cut(self, rows: slice) -> dict[str, Tensor]:
-        return {name: column[rows] for name, column in self.columns.items()}
-
-    def reference(self, rows: slice) -> Tensor | None:
-        """The teacher's logits of a chunk."""
-        if self.teacher is None:
-            return None
+    def products(self, chunk: slice) -> Tensor | None:
+        """The teacher's logits of a chunk, or the product they are made from."""
         if isinstance(self.teacher, tuple):
-            return self.teacher[1](self.teacher[0][rows].detach())
-        logits = self.teacher[rows].detach()
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return self.teacher[1].product(self.teacher[0][chunk].detach())
+        return None if self.teacher is None else self.teacher[chunk].detach()
 
-    def inputs(self, hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        return self.head(hidden[rows]), self.reference(rows)
+    def reference(self, products: Tensor | None, few: slice, device: torch.device) -> Tensor | None:
+        """The teacher's logits of some rows of a chunk."""
+        if products is None:
+            return None
+        head = self.teacher[1] if isinstance(self.teacher, tuple) else None
+        softcap, scale = (None, 1.0) if head is None else (head.softcap, head.scale)
+        return finished(products[few], softcap, scale).to(device)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A chunk's summed terms, from the product of its states with the head."""
+
+    terms: Terms
+    names: tuple[str, ...]
+    softcap: float | None
+    scale: float
+
+    def __call__(
+        self, product: Tensor, reference: Tensor | None, columns: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        found = self.terms(finished(product, self.softcap, self.scale), reference, **columns)
+        totals = [
+            found[name].sum().to(torch.promote_types(product.dtype, torch.float32)) for name in self.names
+        ]
+        return totals[0], torch.stack([total.detach() for total in totals])
+
+    def slope(
+        self, product: Tensor, reference: Tensor | None, columns: dict[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The gradient of the first sum by the product, and all sums."""
+        found: Any = torch.func.grad_and_value(self, has_aux=True)(product, reference, columns)
+        return found
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(piece: _Piece) -> Callable[..., Any]:
+    return torch.compile(piece.slope, dynamic=True)
 
 
 class _Fused(torch.autograd.Function):
@@ -182,43 +229,46 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, plan: _Plan, names: tuple[str, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        wide = torch.promote_types(weight.dtype, torch.float32)
         _, _, on_hidden, on_weight, on_bias = ctx.needs_input_grad
+        wanted = on_hidden or on_weight or on_bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden) if on_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if on_weight else None
-        d_bias = (
-            torch.zeros(bias.shape, dtype=wide, device=bias.device) if bias is not None and on_bias else None
-        )
+        d_weight: Tensor | None = None
+        d_bias = None if bias is None or not on_bias else torch.zeros_like(bias, dtype=wide)
         sums = torch.zeros(len(names), dtype=wide, device=hidden.device)
-        vocabulary = plan.head.vocabulary
-
-        def piece(product: Tensor, reference: Tensor | None, cut: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            found = plan.terms(plan.head.finish(product), reference, **cut)
-            totals = [found[name].sum().to(wide) for name in names]
-            return totals[0], torch.stack([total.detach() for total in totals])
-
-        differentiate = torch.func.grad_and_value(piece, has_aux=True)
-        for start in range(0, len(hidden), plan.rows):
+        piece = _Piece(plan.terms, names, plan.head.softcap, plan.head.scale)
+        slope_of = _compiled(piece) if plan.compile else piece.slope
+        kept = weight[: plan.head.vocabulary]
+        several = len(hidden) > plan.rows
+        for start in range(0, max(len(hidden), 1), plan.rows):
             chunk = slice(start, min(start + plan.rows, len(hidden)))
-            reference, cut = plan.reference(chunk), plan.cut(chunk)
             states = hidden[chunk].to(weight.dtype)
-            product = plan.head.product(states)
-            if not (on_hidden or on_weight or on_bias):
-                sums += piece(product, reference, cut)[1]
-                continue
-            slope, (_, totals) = differentiate(product, reference, cut)
-            del product, reference
-            sums += totals
+            product, theirs = plan.head.product(states), plan.products(chunk)
+            for first in range(0, len(product), plan.inner):
+                few = slice(first, first + plan.inner)
+                reference = plan.reference(theirs, few, hidden.device)
+                cut = {name: column[chunk][few] for name, column in plan.columns.items()}
+                if wanted:
+                    slope, (_, totals) = slope_of(product[few], reference, cut)
+                    product[few] = slope  # the product's memory is not needed again
+                else:
+                    _, totals = piece(product[few], reference, cut)
+                sums += totals
             if d_hidden is not None:
-                d_hidden[chunk] = (slope @ weight[:vocabulary]).to(hidden.dtype)
-            if d_weight is not None:
-                d_weight[:vocabulary] += slope.T @ states
+                d_hidden[chunk] = (product @ kept).to(hidden.dtype)
             if d_bias is not None:
-                d_bias[:vocabulary] += slope.sum(0, dtype=wide)
-        ctx.gradients = [
-            None if gradient is None or like is None else gradient.to(like.dtype)
-            for gradient, like in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
-        ]
+                d_bias[: len(kept)] += product.sum(0, dtype=wide)
+            if on_weight:
+                part = product.T @ states
+                if d_weight is None:  # one chunk needs no wider sum
+                    d_weight = part.to(wide) if several else part
+                else:
+                    d_weight += part
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+            if len(kept) < len(weight):
+                d_weight = nn.functional.pad(d_weight, (0, 0, 0, len(weight) - len(kept)))
+        ctx.gradients = [d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype)]
         values = sums.unbind()
         ctx.mark_non_differentiable(*values[1:])
         return values

@@ -124,6 +124,11 @@ class SafeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(Path(resume_from_checkpoint), self.model if model is None else model)
 
+    def resume_weights(self, folder: Path) -> None:
+        """Take weights and losses of a finished run's last checkpoint."""
+        load_weights(folder, self.accelerator.unwrap_model(self.model))
+        self.losses = load_checkpoint(folder)["losses"]
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state = load_checkpoint(Path(checkpoint), optimizer=self.optimizer, scheduler=self.lr_scheduler)
@@ -216,7 +221,7 @@ def run_trainer(
         try:
             state: dict[str, Any] = load_checkpoint(last) if last is not None else {"step": 0}
             if last is not None and state.get("finished"):
-                load_weights(last, model)
+                trainer.resume_weights(last)
                 return state["losses"], state["step"]
             trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
             if folder is not None:

@@ -74,11 +74,15 @@ class Objective(nn.Module, abc.ABC):
         student_taps: Module names or wildcards of the student whose activations it reads.
         teacher_taps: The same of the teacher.
         columns: Further columns of the batch it reads, beside the models' inputs and `labels`.
+        cross_vocabulary: Whether student and teacher may have vocabularies of their own.
+        additive: Whether `forward` divides sums by `batch["items"]` and `totals` where these are set.
     """
 
     needs_teacher: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ()
+    cross_vocabulary: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
 
     def __init__(self, *, student_taps: Sequence[str] = (), teacher_taps: Sequence[str] = ()):
         super().__init__()
@@ -98,6 +102,18 @@ class Objective(nn.Module, abc.ABC):
             `batch["items"]` is set (the number of predicted tokens of the whole update, over all its micro-batches
             and processes), a sum divided by it.
         """
+
+    def prepare(
+        self, student: nn.Module, teachers: Sequence[nn.Module], tokenizer: Any = None, theirs: Any = None
+    ) -> None:
+        """Called first of all, with the models and, where they are given, the two tokenizers: choose the taps."""
+
+    def totals(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Counts of a batch, beside predicted tokens, that `forward` divides by.
+
+        In training it finds their sums over the whole update in its batch, under these names.
+        """
+        return {}
 
     def setup(self, student: Signal, teacher: Signal | None, batch: Mapping[str, Any]) -> None:
         """Called once before training with the signals of a small batch: build projections, refuse misfits."""
@@ -130,6 +146,7 @@ class TokenObjective(Objective):
     """
 
     needs_logits = False
+    additive = True
 
     def __init__(
         self, *, kd_weight: float = 1.0, ce_weight: float = 0.0, rest: str = "bucket", compile: bool = False
@@ -141,7 +158,7 @@ class TokenObjective(Objective):
         if rest not in ("bucket", "zero"):
             raise BadInput("rest", rest, "is not known", 'use "bucket" or "zero"')
         self.kd_weight, self.ce_weight, self.rest = kd_weight, ce_weight, rest
-        self._combine = torch.compile(self.combine, dynamic=True) if compile else self.combine
+        self.compiled = compile
 
     @abc.abstractmethod
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, **columns: Tensor) -> Tensor:
@@ -207,8 +224,9 @@ class TokenObjective(Objective):
                 theirs = rows(teacher.whole())
         if student.hidden is not None and student.head is not None:
             sums = fused_sums(
-                self._combine, rows(student.hidden), student.head, teacher=theirs, columns=columns
-            )
+                self.combine, rows(student.hidden), student.head, teacher=theirs, columns=columns,
+                compile=self.compiled,
+            )  # fmt: skip
         else:
             logits = rows(student.whole())
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -217,7 +235,7 @@ class TokenObjective(Objective):
             if theirs is not None:
                 check_vocabulary(logits, theirs)
                 theirs = theirs.to(logits.dtype)
-            sums = {name: value.sum() for name, value in self._combine(logits, theirs, **columns).items()}
+            sums = {name: value.sum() for name, value in self.combine(logits, theirs, **columns).items()}
         items = batch.get("items")
         count = max(int(keep.sum()), 1) if items is None else items
         return {name: value / count for name, value in sums.items()}
@@ -284,10 +302,13 @@ class Reader:
         model: A transformers model, a PEFT model, or any module that returns logits.
         patterns: Modules to tap.
         fuse: Stop before the head of a causal language model where that is possible.
+        prefix: Of the columns that are this model's own, see `model_inputs`.
     """
 
-    def __init__(self, model: nn.Module, *, patterns: Sequence[str] = (), fuse: bool = True):
-        self.model = model
+    def __init__(
+        self, model: nn.Module, *, patterns: Sequence[str] = (), fuse: bool = True, prefix: str = ""
+    ):
+        self.model, self.prefix = model, prefix
         self.names = [name for pattern in patterns for name in taps.match(model, pattern)]
         self.causal = is_causal(model)
         inner = unwrapped(model)
@@ -300,7 +321,7 @@ class Reader:
             if not grad:
                 stack.enter_context(torch.no_grad())
             seen = stack.enter_context(taps.capture(self.model, self.names, grad=grad)) if self.names else {}
-            inputs = model_inputs(self.body, batch)
+            inputs = model_inputs(self.body, batch, self.prefix)
             device = next(self.model.parameters()).device
             moved = {name: value.to(device) for name, value in inputs.items()}
             output = self.body(**moved, **({"use_cache": False} if self.causal else {}))
@@ -326,13 +347,18 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(model: nn.Module, batch: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Those entries of `batch` that the model's `forward` takes, without labels.
 
+    Where some are there under `prefix` and their name (`teacher_input_ids`), they are the model's own: these alone.
     Position numbers are added for a language model, so that the side of the padding does not matter.
     """
     accepted = inspect.signature(model.forward).parameters
-    inputs = {name: value for name, value in batch.items() if name in accepted and name != "labels"}
+    own = {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+    for source in (own, batch):
+        inputs = {name: value for name, value in source.items() if name in accepted and name != "labels"}
+        if inputs:
+            break
     if "position_ids" in accepted and "attention_mask" in inputs and "position_ids" not in inputs:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     return inputs

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from ..core.batches import IGNORED, pad_collator
-from ..core.errors import BadInput, IncompatibleModels
+from ..core.errors import BadInput, IncompatibleModels, NotApplicable
 from ..core.files import write_tensors
 from ..core.fused import Head
 from ..core.runs import check_finite
 from ..core.trainer import SafeTrainer
-from ._base import CrossEntropy, Objective, Reader, Signal, TokenObjective, logits_of, model_inputs
+from ._base import CrossEntropy, Objective, Reader, Signal, logits_of, model_inputs
 from ._policy import Policy
+from ._rows import Collator, Numbered
 from ._store import LogitStore
 
 __all__ = ["Distiller"]
@@ -80,11 +81,16 @@ class Distiller(SafeTrainer):
         models = _models(student, teacher, objective)
         if len(train_dataset) == 0:
             raise BadInput("train_dataset", "[]", "has no rows", "give at least one example")
-        same_tokenizers(processing_class, teacher_tokenizer)
+        if policy is not None and objective.cross_vocabulary:
+            raise NotApplicable("policy", type(policy).__name__, "writes one vocabulary only", "leave it out")
+        objective.prepare(student, models, processing_class, teacher_tokenizer)
         fuse = not objective.needs_logits
         reader = Reader(student, patterns=objective.student_taps, fuse=fuse)
-        readers = [Reader(model, patterns=objective.teacher_taps, fuse=fuse) for model in models]
-        _align(reader, readers, teacher, align_vocab)
+        taps = objective.teacher_taps
+        readers = [Reader(model, patterns=taps, fuse=fuse, prefix="teacher_") for model in models]
+        if not objective.cross_vocabulary:
+            same_tokenizers(processing_class, teacher_tokenizer)
+            _align(reader, readers, teacher, align_vocab)
         collate = data_collator or (pad_collator(processing_class or 0) if reader.causal else None)
         store = teacher if isinstance(teacher, LogitStore) else None
         if store is not None:
@@ -93,9 +99,9 @@ class Distiller(SafeTrainer):
                 raise BadInput(
                     "teacher", store.rows, f"rows are stored, the data has {len(train_dataset)}", remedy
                 )
-            train_dataset = _Numbered(train_dataset)
+            train_dataset = Numbered(train_dataset)
         if collate is not None:
-            collate = _Collator(collate, objective.columns)
+            collate = Collator(collate, objective.columns)
         pair = _Pair(student, objective, reader, readers, store, teacher_weights)
         args = args or TrainingArguments()
         args.remove_unused_columns = False
@@ -104,7 +110,7 @@ class Distiller(SafeTrainer):
             processing_class=processing_class, **options,
         )  # fmt: skip
         self.student, self.objective, self.policy = student, objective, policy
-        self.model_accepts_loss_kwargs = reader.causal and isinstance(objective, TokenObjective)
+        self.model_accepts_loss_kwargs = reader.causal and objective.additive
         self._loss_shifts_labels = True
         self.can_return_loss = True
         self._figures: dict[str, float] = {}
@@ -124,7 +130,10 @@ class Distiller(SafeTrainer):
         if not reader.causal:
             return
         for i in range(len(self.train_dataset)):
-            labels = self.train_dataset[i].get("labels", ())
+            row = self.train_dataset[i]
+            if not isinstance(row, Mapping) or "input_ids" not in row:  # texts: the collator labels them
+                return
+            labels = row.get("labels", ())
             if any(label != IGNORED for label in list(labels)[1:]):
                 return
         raise BadInput("train_dataset", f"{len(self.train_dataset)} rows", "predicts no token", "label some")
@@ -140,11 +149,17 @@ class Distiller(SafeTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of an update, with the student's own sequences in place where the policy says so."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.policy is None:
-            return batches, items
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        batches = [self.policy.replace(self.student, batch, progress=progress) for batch in batches]
-        return batches, self._get_num_items_in_batch(batches, device)
+        if self.policy is not None:
+            progress = self.state.global_step / max(self.state.max_steps, 1)
+            batches = [self.policy.replace(self.student, batch, progress=progress) for batch in batches]
+            items = self._get_num_items_in_batch(batches, device)
+        totals: dict[str, Tensor] = {}
+        for batch in batches if self.model_accepts_loss_kwargs and items is not None else ():
+            for name, count in self.objective.totals(batch).items():
+                totals[name] = totals.get(name, 0) + count.to(device)
+        if self.accelerator.num_processes > 1 and self.args.average_tokens_across_devices:
+            totals = {name: self.accelerator.reduce(count, "sum") for name, count in totals.items()}
+        return [{**batch, **totals} for batch in batches] if totals else batches, items
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -179,6 +194,8 @@ class Distiller(SafeTrainer):
         self._figures = {}
         found = dict(zip(names, values.tolist(), strict=True))
         self.figures.append(found)
+        if self.accelerator.num_processes > 1:
+            self.losses[-1] = found["loss"]  # each process knew its share alone
         self.objective.on_step(found, self.state.global_step, self.state.max_steps)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
@@ -290,39 +307,6 @@ class _Lifecycle(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.trainer.figures:
             logs.update({f"loss/{k}": v for k, v in self.trainer.figures[-1].items() if k != "loss"})
-
-
-class _Numbered(torch.utils.data.Dataset):
-    """A data set whose rows know their number."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "row": index}
-
-
-class _Collator:
-    """Keeps row numbers and an objective's columns, which a tokenizer's collator drops."""
-
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], columns: Sequence[str]):
-        self.collate, self.columns = collate, columns
-
-    def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        batch = dict(self.collate(rows))
-        if "row" in rows[0]:
-            batch["row"] = torch.tensor([row["row"] for row in rows])
-        for name in self.columns:
-            if name in rows[0] and name not in batch:
-                values = [torch.as_tensor(row[name]) for row in rows]
-                ragged = values[0].dim() > 0
-                batch[name] = (
-                    nn.utils.rnn.pad_sequence(values, batch_first=True) if ragged else torch.stack(values)
-                )
-        return batch
 
 
 def _models(student: nn.Module, teacher: Teacher, objective: Objective) -> list[nn.Module]:

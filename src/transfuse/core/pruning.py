@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core import taps
-from ..core.errors import BadInput, NotApplicable
+from . import taps
+from .errors import BadInput, NotApplicable
 
-__all__ = ["Pruned", "layer_map", "prune"]
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A student in a recipe: `student: {prune: smollm2-135m, layers: 10}`.
-
-    Attributes:
-        prune: The model it is cut out of, as `transfuse.load` takes it.
-        layers: Number of blocks kept, spread evenly; None for all.
-        keep: Their numbers instead.
-        intermediate: Width of the MLPs; None for the model's.
-    """
-
-    prune: str
-    layers: int | None = None
-    keep: list[int] | None = None
-    intermediate: int | None = None
+__all__ = ["layer_map", "load_or_prune", "prune"]
 
 
 def prune(
@@ -84,6 +66,21 @@ def prune(
             _narrow(block, intermediate, f"block {i}")
         config.intermediate_size = intermediate
     return student
+
+
+def load_or_prune(spec: str | Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
+    """A model and its tokenizer, whole or cut out of another.
+
+    Args:
+        spec: As `transfuse.load` takes it, or `{"prune": such a spec, "layers": 10}` with the arguments of `prune`.
+        **options: Those of `transfuse.load`.
+    """
+    from .models import load
+
+    if isinstance(spec, str):
+        return load(spec, **options)
+    model, tokenizer = load(spec["prune"], **options)
+    return prune(model, **{name: value for name, value in spec.items() if name != "prune"}), tokenizer
 
 
 def layer_map(student: Any) -> list[int]:

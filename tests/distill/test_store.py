@@ -1,0 +1,132 @@
+"""The offline teacher: what it keeps, against the teacher itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_tiny
+from distilling import arguments, rows
+
+from transfuse.core.errors import BadInput, CorruptFile
+from transfuse.distill import Distiller, LogitStore, Signal
+from transfuse.distill.survey_kd_llm import get
+
+TEACHER = {"seed": 1, "layers": 2}
+
+
+def data():
+    found = rows(10)
+    found[3]["labels"] = [-100] * 10  # a row with nothing to predict
+    found[4] = {name: values[:5] for name, values in found[4].items()}
+    return found
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LogitStore.capture(
+        make_tiny("llama", **TEACHER), data(), tmp_path / "s", k=16, batch_size=3, shard_rows=4
+    )
+
+
+def test_it_holds_the_largest(store):
+    teacher = make_tiny("llama", **TEACHER)
+    for i, row in enumerate(data()):
+        with torch.no_grad():
+            log_p = torch.log_softmax(teacher(input_ids=torch.tensor([row["input_ids"]])).logits[0], -1)
+        predicted = [t for t in range(len(row["labels"]) - 1) if row["labels"][t + 1] != -100]
+        ids, values = store.row(i)
+        assert ids.shape == (len(predicted), 16) and ids.dtype == torch.int64
+        for n, t in enumerate(predicted):
+            best = log_p[t].sort(descending=True).values[:16]
+            assert torch.allclose(values[n], best, atol=2e-2)  # float16
+            assert torch.allclose(log_p[t][ids[n]], best, atol=1e-4)
+    assert store.tokens == sum(sum(label != -100 for label in r["labels"][1:]) for r in data())
+    assert len(list(store.folder.glob("top-*.safetensors"))) == 3
+    assert json.loads((store.folder / "index.json").read_text())["k"] == 16
+
+
+def test_with_all_but_one_token_it_is_the_teacher(tmp_path):
+    """k = V - 1 and the bucket: every divergence is the dense one, to float16's rounding."""
+    student, teacher = make_tiny("llama", seed=2, layers=1), make_tiny("llama", **TEACHER)
+    whole = LogitStore.capture(teacher, data(), tmp_path / "whole", k=399)
+    for name in ("forward-kl", "reverse-kl", "jsd", "skew-kl", "total-variation"):
+        values = []
+        for source in (whole, teacher):
+            made = Distiller(student=student, teacher=source, objective=get(name, ce_weight=0.3),
+                             train_dataset=data(), args=arguments(tmp_path))  # fmt: skip
+            batch = made.data_collator([made.train_dataset[i] for i in range(10)])
+            values.append(float(made.model(batch)["loss"].detach()))
+        assert values[0] == pytest.approx(values[1], rel=5e-3), name
+
+
+def test_bucket_and_zero_by_hand():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    q = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    stored = (torch.tensor([[[0, 1]] * 2]), p[:2].log().expand(1, 2, 2))
+    batch = {"labels": torch.tensor([[3, 1]])}
+    signals = Signal(logits=q.log().expand(1, 2, 4)), Signal(sparse=stored)
+    bucket = 0.5 * torch.log(torch.tensor(0.5 / 0.1)) + 0.3 * torch.log(torch.tensor(0.3 / 0.2))
+    bucket = bucket + 0.2 * torch.log(torch.tensor(0.2 / 0.7))
+    assert float(get("forward-kl")(*signals, batch)["loss"]) == pytest.approx(float(bucket), rel=1e-6)
+    zero = 0.625 * torch.log(torch.tensor(0.625 / (1 / 3))) + 0.375 * torch.log(torch.tensor(0.375 / (2 / 3)))
+    assert float(get("forward-kl", rest="zero")(*signals, batch)["loss"]) == pytest.approx(
+        float(zero), rel=1e-6
+    )
+
+
+def test_an_interrupted_capture_goes_on(tmp_path):
+    teacher = make_tiny("llama", **TEACHER)
+    seen = []
+
+    def stop(done, total):
+        seen.append(done)
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LogitStore.capture(teacher, data(), tmp_path / "s", k=16, shard_rows=4, on_shard=stop)
+    with pytest.raises(CorruptFile, match="top-00001"):
+        LogitStore(tmp_path / "s")
+    first = tmp_path / "s" / "top-00000.safetensors"
+    before = first.stat().st_mtime_ns
+    whole = LogitStore.capture(teacher, data(), tmp_path / "s", k=16, shard_rows=4)
+    assert first.stat().st_mtime_ns == before and whole.rows == 10
+
+
+def test_training_from_it(tmp_path, store):
+    student = make_tiny("llama", seed=2, layers=1)
+    made = Distiller(student=student, teacher=store, objective="forward-kl", train_dataset=data(),
+                     args=arguments(tmp_path, max_steps=25))  # fmt: skip
+    made.train()
+    assert sum(made.losses[-5:]) < sum(made.losses[:5])
+
+
+def test_bytes_per_token(tmp_path):
+    long = rows(40, length=120)
+    found = LogitStore.capture(make_tiny("llama", **TEACHER), long, tmp_path / "s", k=64)
+    assert 256 <= found.bytes_per_token < 262
+
+
+def test_what_is_refused(tmp_path, store):
+    teacher = make_tiny("llama", **TEACHER)
+    for k in (0, 400, 1000):
+        with pytest.raises(BadInput, match="V - 1 = 399"):
+            LogitStore.capture(teacher, data(), tmp_path / "x", k=k)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(BadInput, match="other data"):
+        LogitStore.capture(teacher, rows(10, seed=3), tmp_path / "s", k=16, shard_rows=4)
+    with pytest.raises(BadInput, match="no logit store"):
+        LogitStore(tmp_path / "nothing")
+    with pytest.raises(BadInput, match="rows are stored"):
+        Distiller(student=make_tiny("llama", seed=2, layers=1), teacher=store, objective="jsd",
+                  train_dataset=data()[:5], args=arguments(tmp_path))  # fmt: skip
+    with pytest.raises(BadInput, match="not in the store"):
+        store.row(10)
+    batch = {"labels": torch.full((1, 6), 5), "row": torch.tensor([0])}
+    with pytest.raises(BadInput, match="predicts 5 tokens, 8 are stored"):
+        store.signal(batch)
+    (tmp_path / "s" / "index.json").write_text("{")
+    with pytest.raises(CorruptFile, match="unreadable"):
+        LogitStore(tmp_path / "s")
