@@ -34,6 +34,7 @@ RULE = {
 SEEDS = {"quick": 3, "full": 3}
 NOTES = ""
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANK, ALPHA, RATE, BATCH = 8, 16, 4e-4, 32
 WIDTH, SAMPLES, NOISE = 64, 256, 0.1
 EPOCHS = 5
@@ -125,7 +126,7 @@ def sentences(name: str, tokenizer: Any) -> list[dict[str, Any]]:
 def encoder(seed: int) -> tuple[Any, Any]:
     """MiniLM-L6 with a new head, the same one for every arm of a seed."""
     with seeded(seed):
-        return load("minilm", task="sequence-classification", num_labels=2, dtype="float32")
+        return load("minilm", task="sequence-classification", num_labels=2, dtype="float32", device=DEVICE)
 
 
 def mechanics(seed: int) -> dict[str, float]:
@@ -142,7 +143,7 @@ def mechanics(seed: int) -> dict[str, float]:
         for name, tensor in model.state_dict().items()
         if "lora_" not in name and "modules_to_save" not in name
     )
-    batch = pad_collator(tokenizer)(rows[:64])
+    batch = {name: value.to(DEVICE) for name, value in pad_collator(tokenizer)(rows[:64]).items()}
     del batch["labels"]
     with torch.no_grad():
         apart = model(**batch).logits
@@ -168,7 +169,7 @@ def cola(arm: str, seed: int) -> dict[str, float]:
     collate, guesses = pad_collator(tokenizer), []
     with torch.inference_mode():
         for start in range(0, len(held), 64):
-            batch = collate(held[start : start + 64])
+            batch = {name: value.to(DEVICE) for name, value in collate(held[start : start + 64]).items()}
             del batch["labels"]
             guesses += model(**batch).logits.argmax(-1).tolist()
     truth = [row["labels"] for row in held]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
+
 from transfuse.bench.knowedit import evaluate_edits, read_records
 from transfuse.core.datasets import dataset_path
 from transfuse.core.models import load
@@ -52,7 +54,9 @@ POOL = slice(5000, 5100)  # facts to demonstrate with, far from those edited
 
 @lru_cache
 def loaded():
-    return load("smollm2-135m", dtype="float32"), read_records(dataset_path("counterfact/edit.json"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load("smollm2-135m", dtype="float32", device=device)
+    return model, read_records(dataset_path("counterfact/edit.json"))
 
 
 def run(tier: str, seed: int) -> dict[str, dict[str, float]]:

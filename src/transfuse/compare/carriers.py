@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.data import Document
 from ..core.errors import BadInput, NotApplicable
-from ..core.files import atomic_write, sha256_json
+from ..core.files import atomic_write, locked, sha256_json
 from .answerer import Answerer, Plain, Prompts
 from .job import Job, Knowledge
 
@@ -50,14 +50,15 @@ class Bench:
         """
         key = sha256_json([name, arguments, self.settings])[:12]
         file = self.job.folder / "work" / f"{name}-{key}.json"
-        if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            self._borrowed += kept["seconds"]
-            return kept["value"]
-        start = time.perf_counter()
-        value = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps({"seconds": time.perf_counter() - start, "value": value}))
+        waiting = time.perf_counter()
+        with locked(file.with_suffix(".lock")):  # a carrier at work beside this one may be making it
+            if file.is_file():
+                kept = json.loads(file.read_text(encoding="utf-8"))
+                self._borrowed += kept["seconds"] - (time.perf_counter() - waiting)
+                return kept["value"]
+            start = time.perf_counter()
+            value = make()
+            atomic_write(file, json.dumps({"seconds": time.perf_counter() - start, "value": value}))
         return value
 
     def workshop(self, key: str) -> Path:
@@ -97,6 +98,7 @@ class Carrier(ABC):
         reversible: Whether the knowledge can be removed again, exactly.
         method: Slug of the method behind it, if it is one of the catalogue's.
         effort: Rough seconds on two cores; orders the time estimate only.
+        shares: Name of work that it leaves for others in `Bench.workshop`; two of one name take turns.
     """
 
     name: ClassVar[str]
@@ -106,6 +108,7 @@ class Carrier(ABC):
     reversible: ClassVar[bool] = True
     method: ClassVar[str | None] = None
     effort: ClassVar[float] = 15.0
+    shares: ClassVar[str | None] = None
 
     known: ClassVar[dict[str, type[Carrier]]] = {}
 

@@ -94,6 +94,8 @@ class Recipe:
         known: File of prompts and targets the model may have known before (locality); a set is bundled.
         neutral: Text file for perplexity; one is bundled.
         anchors: Text file, a prompt a line, whose answers training carriers rehearse; a set is bundled.
+        jobs: Carriers that run side by side and divide the cores among them; by default two on a CPU, one on a
+            GPU. Latencies are measured beside the other carriers' work: `jobs: 1` measures them alone.
     """
 
     model: str
@@ -111,6 +113,7 @@ class Recipe:
     known: str | None = None
     neutral: str | None = None
     anchors: str | None = None
+    jobs: int | None = None
 
 
 @dataclass(frozen=True)

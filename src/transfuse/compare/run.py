@@ -6,8 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +15,7 @@ from typing import Any
 import yaml
 
 from .. import __version__
-from ..core.errors import BadInput, CorruptFile, NotApplicable, Unavailable
+from ..core.errors import BadInput, NotApplicable, Unavailable
 from ..core.extras import require
 from ..core.fields import check_arguments, from_mapping
 from ..core.files import atomic_write, check_writable, sha256_json
@@ -27,6 +25,7 @@ from .job import Job, Recipe, read_job
 from .measure import closed
 from .plan import recommend
 from .table import Table
+from .workers import Task, cores_here, run_tasks
 
 __all__ = ["compare"]
 
@@ -70,6 +69,10 @@ def compare(
     checked = from_mapping(Recipe, raw, where)
     if output is not None:
         checked = replace(checked, output=os.fspath(output))
+    if checked.jobs is not None and checked.jobs < 1:
+        raise BadInput(
+            f"{where} jobs".strip(), checked.jobs, "is below 1", "give a number of carriers at a time"
+        )
     folder = check_writable(checked.output).resolve()
     job = read_job(checked, base, folder)
     plans = _plans(checked, job)
@@ -162,15 +165,12 @@ def _run(
         todo = [plan for plan in plans if plan.refused is None]
         records = {label: r for label, r in records.items() if r["status"] == "not applicable"}
     table = Table(job, [plan.label for plan in plans], quiet=quiet)
-    with table, contextlib.ExitStack() as stack:
+    with table:
         for record in _complete(job, plans, records):
             table.add(record, cached=True)
-        worker: Worker | None = None
-        for i, plan in enumerate(todo):
-            if worker is None:
-                worker = stack.enter_context(Worker(job.folder / "worker.log"))
-            table.begin(plan.label, left=sum(p.cls.effort for p in todo[i:]))
-            request = {
+
+        def request(plan: Plan) -> dict[str, Any]:
+            return {
                 "recipe": {**asdict(job.recipe), "carriers": []},
                 "base": str(base),
                 "output": str(job.folder),
@@ -183,7 +183,8 @@ def _run(
                 "key": keys[plan.label],
                 "model": model,
             }
-            outcome = worker.ask(request, table.stage)
+
+        def finish(plan: Plan, outcome: dict[str, Any]) -> None:
             if "record" in outcome:
                 records[plan.label] = outcome["record"]
             else:
@@ -191,11 +192,22 @@ def _run(
                 if plan.uses == "none":
                     raise Unavailable(f"the untouched model could not be measured: {outcome['failed']}")
             written = {r["carrier"]: r for r in _write_records(job, plans, records)}
-            table.add(written[plan.label], effort=plan.cls.effort)
+            table.add(written[plan.label])
+
+        tasks = [Task(plan.label, plan, plan.cls.effort, plan.cls.shares) for plan in todo]
+        first = 1 if todo and todo[0].uses == "none" else 0  # the others are measured against its answers
+        run_tasks(tasks, first, request, finish, table, log=job.folder / "worker.log", jobs=_jobs(job.recipe))
     done = _write_records(job, plans, records)
     _write_report(job, done, model, raw, time.time() - started)
     table.close(job.folder / "report.html")
     return done
+
+
+def _jobs(recipe: Recipe) -> int:
+    """Carriers at a time: as the recipe says, else two on a CPU that has the cores, one on a GPU."""
+    if recipe.jobs is not None:
+        return recipe.jobs
+    return 2 if recipe.device == "cpu" and cores_here() > 1 else 1
 
 
 def _title(plan: Plan) -> str:
@@ -299,61 +311,3 @@ def _write_report(
     }
     atomic_write(job.folder / "comparison.json", json.dumps(context, indent=1, default=str))
     write_report(records, context, job.folder)
-
-
-class Worker:
-    """The process that runs carriers, started when the first one is needed."""
-
-    def __init__(self, log: Path):
-        self.log = log
-
-    def __enter__(self) -> Worker:
-        self._stderr = open(self.log, "ab")  # closed in __exit__
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "transfuse.compare.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._stderr.close()
-
-    def ask(self, request: Mapping[str, Any], stage: Any) -> dict[str, Any]:
-        """Run one carrier; returns the message with its record, or with why there is none."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        outcome: dict[str, Any] | None = None
-        try:
-            self._process.stdin.write(json.dumps(request, default=str) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._gone() from None
-        for line in self._process.stdout:
-            try:
-                message = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CorruptFile("worker", line[:80], "is not a message", f"see {self.log}") from error
-            if "stage" in message:
-                stage(message["stage"])
-            elif "record" in message or "failed" in message:
-                outcome = message
-            elif "exit" in message:
-                ended = f"its process ended with {message['exit']} (killed, or out of memory); see {self.log.name}"
-                return outcome or {"failed": ended, "status": "failed"}
-        raise self._gone()
-
-    def _gone(self) -> Unavailable:
-        return Unavailable(
-            f"the carriers' process ended unexpectedly; see {self.log}, then run again: finished carriers are kept"
-        )

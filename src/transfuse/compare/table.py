@@ -62,8 +62,8 @@ class Table:
         self.live = not quiet and sys.stdout.isatty()
         counts = f"{len(job.knowledge.items)} {job.knowledge.kind}, {len(labels)} carriers"
         self.heading = f"{job.recipe.title}\n{job.recipe.model}, {counts}"
-        self.done, self.spent, self.effort, self.left = 0, 0.0, 0.0, 0.0
-        self.label, self.began = "", 0.0
+        self.done, self.all, self.left, self.began = 0, 0.0, 0.0, 0.0
+        self.stages: dict[str, str] = {}
 
     def __enter__(self) -> Table:
         self._print(self.heading)
@@ -96,28 +96,31 @@ class Table:
             sys.stdout.flush()
 
     def begin(self, label: str, *, left: float) -> None:
-        """A carrier starts; `left` is the rough effort of it and of those after it."""
-        self.label, self.left, self.began = label, left, time.perf_counter()
+        """A carrier starts; `left` is the rough effort of all that are at work or still to come."""
+        if not self.all:
+            self.all, self.began = left, time.perf_counter()
+        self.left = left
+        self.stages[label] = "begin"
 
-    def stage(self, name: str) -> None:
-        """The carrier at work has reached a stage."""
+    def stage(self, label: str, name: str) -> None:
+        """A carrier at work has reached a stage."""
+        self.stages[label] = name
         if self.live:
             self._clear()
-            sys.stdout.write(f"  {self.label}: {name} ...  {self.remaining()}")
+            shown = ", ".join(f"{label}: {stage}" for label, stage in self.stages.items())
+            sys.stdout.write(f"  {shown} ...  {self.remaining()}")
             sys.stdout.flush()
 
     def remaining(self) -> str:
-        """Time left, from the carriers so far."""
-        pace = self.spent / self.effort if self.effort else 1.0
-        seconds = max(0.0, pace * self.left - (time.perf_counter() - self.began))
+        """Time left, from the pace so far."""
+        made, spent = self.all - self.left, time.perf_counter() - self.began
+        seconds = self.left * (spent / made if made > 0 else 1.0)
         return f"about {int(seconds // 60)} min {int(seconds % 60):02d} s left ({self.done} of {len(self.labels)} done)"
 
-    def add(self, record: dict[str, Any], *, cached: bool = False, effort: float = 0.0) -> None:
+    def add(self, record: dict[str, Any], *, cached: bool = False) -> None:
         """A carrier is finished."""
         self.done += 1
-        if not cached:
-            self.spent += time.perf_counter() - self.began
-            self.effort += effort
+        self.stages.pop(record["carrier"], None)
         if record["status"] != "done":
             self._print(f"{record['carrier'].ljust(_WIDTHS[0])} {record['status']}: {record['reason']}")
         else:

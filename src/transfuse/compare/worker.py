@@ -69,6 +69,8 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
     Returns:
         The record.
     """
+    import torch
+
     from ..core.fields import from_mapping
     from ..core.files import atomic_dir
     from ..core.generate import check_length
@@ -120,6 +122,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
             "method": carrier.method,
             "arguments": vars(carrier),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
             **measured,
             "install_seconds": install_seconds,
             "install_peak_bytes": peak_bytes,

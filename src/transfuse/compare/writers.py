@@ -25,6 +25,7 @@ class _ParametricRAG(Carrier):
     access = ("weights", "training data")
     method = "parametric-rag"
     effort = 45.0
+    shares = "parametric-rag"
     mode: ClassVar[Literal["parametric", "combine"]]
 
     def __init__(self, *, k: int = 1, rank: int = 2, alpha: float = 32.0, lr: float = 3e-4, epochs: int = 4):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -347,13 +348,19 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+@functools.lru_cache(maxsize=256)
+def _accepted(kind: Any) -> frozenset[str]:
+    """Names of the arguments that modules of a class take."""
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
 def model_inputs(model: nn.Module, batch: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Those entries of `batch` that the model's `forward` takes, without labels.
 
     Where some are there under `prefix` and their name (`teacher_input_ids`), they are the model's own: these alone.
     Position numbers are added for a language model, so that the side of the padding does not matter.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = _accepted(type(model))
     own = {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
     for source in (own, batch):
         inputs = {name: value for name, value in source.items() if name in accepted and name != "labels"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -105,13 +106,16 @@ class Distiller(SafeTrainer):
         pair = _Pair(student, objective, reader, readers, store, teacher_weights)
         args = args or TrainingArguments()
         args.remove_unused_columns = False
+        there = Path(args.output_dir).exists()
         super().__init__(
             model=pair, args=args, train_dataset=train_dataset, data_collator=collate,
             processing_class=processing_class, **options,
         )  # fmt: skip
+        if not there and args.save_strategy == "no":  # Trainer makes the folder even where nothing goes into it
+            with contextlib.suppress(OSError):
+                Path(args.output_dir).rmdir()
         self.student, self.objective, self.policy = student, objective, policy
         self.model_accepts_loss_kwargs = reader.causal and objective.additive
-        self._loss_shifts_labels = True
         self.can_return_loss = True
         self._figures: dict[str, float] = {}
         self.figures: list[dict[str, float]] = []
@@ -152,14 +156,26 @@ class Distiller(SafeTrainer):
         if self.policy is not None:
             progress = self.state.global_step / max(self.state.max_steps, 1)
             batches = [self.policy.replace(self.student, batch, progress=progress) for batch in batches]
-            items = self._get_num_items_in_batch(batches, device)
-        totals: dict[str, Tensor] = {}
-        for batch in batches if self.model_accepts_loss_kwargs and items is not None else ():
-            for name, count in self.objective.totals(batch).items():
-                totals[name] = totals.get(name, 0) + count.to(device)
+        if not self.model_accepts_loss_kwargs:
+            return batches, items
+        counts = [self.objective.totals(batch) for batch in batches]
+        names = counts[0] if counts else ()
+        totals = {name: self._whole([each[name] for each in counts], device) for name in names}
+        return [{**batch, **totals} for batch in batches], self._predicted(batches, device)
+
+    def _predicted(self, batches: Sequence[Mapping[str, Any]], device: Any) -> Tensor:
+        """Tokens that an update predicts, over its micro-batches and processes.
+
+        Versions of Trainer count them each in their own way; nothing predicts a row's first token.
+        """
+        return self._whole([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches], device)
+
+    def _whole(self, counts: Sequence[Tensor], device: Any) -> Tensor:
+        """The sum of counts over micro-batches and processes."""
+        count = torch.stack(list(counts)).sum().to(device) if counts else torch.zeros((), device=device)
         if self.accelerator.num_processes > 1 and self.args.average_tokens_across_devices:
-            totals = {name: self.accelerator.reduce(count, "sum") for name, count in totals.items()}
-        return [{**batch, **totals} for batch in batches] if totals else batches, items
+            count = self.accelerator.gather(count).sum()
+        return count
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -86,12 +86,13 @@ def covariance(
         for site in sites
     }
     if not cache:
-        return _measure(model, tokenizer, sites, text, tokens, seed)
+        return _measure(model, sites, _all_rows(model, tokenizer, text, tokens, seed), pad_id_of(tokenizer))
     with locked(folder.parent / f".{folder.name}.lock"):
         found = {i: kept for i, file in files.items() if (kept := _read(file)) is not None}
         missing = [site for site in sites if site.index not in found]
         if missing:
-            made = _measure(model, tokenizer, missing, text, tokens, seed)
+            rows = _kept_rows(folder, model, tokenizer, text, tokens, seed)
+            made = _measure(model, missing, rows, pad_id_of(tokenizer))
             for i, result in made.items():
                 write_tensors(files[i], {"covariance": result.matrix}, {"count": result.count, "text": what})
             found |= made
@@ -148,20 +149,12 @@ def _read(file: Path) -> Covariance | None:
 
 @torch.no_grad()
 def _measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sites: Sequence[Site],
-    text: str | os.PathLike[str] | Sequence[str],
-    tokens: int,
-    seed: int,
+    model: PreTrainedModel, sites: Sequence[Site], rows: list[list[int]], pad: int
 ) -> dict[int, Covariance]:
     moments = {site.index: SecondMoment(site.inner, device=model.device) for site in sites}
-    pad = pad_id_of(tokenizer)
-    with still(model):
-        rows = list(_rows(model, tokenizer, text, tokens, seed))
-        with capture(model, [site.module for site in sites], inputs=True, stop=True) as seen:
-            for i in range(0, len(rows), _BATCH):
-                _add(seen, sites, moments, rows[i : i + _BATCH], pad)
+    with still(model), capture(model, [site.module for site in sites], inputs=True, stop=True) as seen:
+        for i in range(0, len(rows), _BATCH):
+            _add(seen, sites, moments, rows[i : i + _BATCH], pad)
     return {i: Covariance(moment.matrix.float().cpu(), moment.count) for i, moment in moments.items()}
 
 
@@ -172,6 +165,37 @@ def _add(
     seen.run(input_ids=ids, attention_mask=mask, use_cache=False)
     for site in sites:
         moments[site.index].add(seen.pop(site.module)[mask.bool()])
+
+
+def _kept_rows(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | os.PathLike[str] | Sequence[str],
+    tokens: int,
+    seed: int,
+) -> list[list[int]]:
+    """As `_rows`; what the model has sampled is kept beside the statistics: other blocks need the same text."""
+    if text != "self":
+        return _all_rows(model, tokenizer, text, tokens, seed)
+    file = folder / f"self-{sha256_json([str(model.dtype), tokens, _WINDOW, seed])[:16]}.safetensors"
+    try:
+        kept, _ = read_tensors(file)
+        return [row[row >= 0].tolist() for row in kept["ids"]]
+    except (BadInput, KeyError):
+        rows = _all_rows(model, tokenizer, text, tokens, seed)
+    ids = torch.full((len(rows), _WINDOW), -1, dtype=torch.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    write_tensors(file, {"ids": ids})
+    return rows
+
+
+@torch.no_grad()
+def _all_rows(model: PreTrainedModel, *rest: Any) -> list[list[int]]:
+    """`_rows` as a list, in evaluation mode."""
+    with still(model):
+        return list(_rows(model, *rest))
 
 
 def _rows(
