@@ -9,10 +9,18 @@ import torch
 from conftest import make_tiny
 from distilling import Trained, arguments, rows, shapes, state, token_case
 
+from transfuse.core.batches import encode_examples
 from transfuse.core.errors import BadInput
+from transfuse.core.llm import Scripted
 from transfuse.core.training import seeded
-from transfuse.distill import Distiller
-from transfuse.distill.survey_kd_llm import get
+from transfuse.distill import Distiller, LogitStore, Policy
+from transfuse.distill._cross import ULD, CrossCollator
+from transfuse.distill._features import MMD, HiddenStates
+from transfuse.distill._minillm import MiniLLM, OnPolicyReverseKL, RewardMinusKL, Rollouts
+from transfuse.distill._policy import continuations
+from transfuse.distill._rank import DPO, PRO, RRHF, RewardRanking, rank_collator
+from transfuse.distill._relations import AttentionRelation
+from transfuse.distill.survey_kd_llm import OBJECTIVES, elicit, get
 
 
 def spread(z, temperature=1.0):
@@ -142,3 +150,151 @@ def test_unknown_objectives_and_arguments():
                             ("forward-kl", {"temperature": 0.0})):  # fmt: skip
         with pytest.raises(BadInput, match=next(iter(given))):
             get(name, **given)
+
+
+# --- coverage: every class of the survey has an example that runs ----------------------------------------------
+
+ELICITATION = ("labeling", "expansion", "curation", "feature", "feedback", "self-knowledge")
+ALGORITHMS = (
+    "supervised fine-tuning",
+    "divergence and similarity",
+    "reinforcement learning",
+    "rank optimisation",
+)
+
+
+def student_of(objective, data=None, **options):
+    """A few updates of a tiny student; the objective's losses."""
+    student = make_tiny("llama", seed=2, layers=1)
+    settings = arguments("unused", max_steps=3)
+    with seeded(0):
+        made = Distiller(
+            student=student, objective=objective, train_dataset=data or rows(), args=settings, **options
+        )
+        made.train()
+    assert len(made.losses) == 3 and all(math.isfinite(loss) for loss in made.losses)
+    return made
+
+
+def tiny_teacher():
+    return make_tiny("llama", seed=1, layers=2)
+
+
+def learnt_text(table, tokenizer):
+    """Rows of `prompt` and `target` as training examples, learnt for a few updates."""
+    assert len(table) > 0
+    pairs = [(row["prompt"], row["target"]) for row in table]
+    return student_of("cross-entropy", encode_examples(tokenizer, pairs, end=True))
+
+
+def labeling(tokenizer, folder):
+    teacher = Scripted(lambda text: "Two and two.\nAnswer: 4")
+    sums = [{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "2 + 3?", "answer": "5"}]
+    found = elicit.label(teacher, sums, kind="reasoning")
+    assert len(found) == 1
+    learnt_text(found, tokenizer)
+
+
+def expansion(tokenizer, folder):
+    teacher = Scripted(["1. Name a long river.\n2. Say what a bridge is for.", "The Nile.", "For crossing."])
+    learnt_text(elicit.expand(teacher, ["Who is the mayor of Port Ellery?"], count=2), tokenizer)
+
+
+def curation(tokenizer, folder):
+    teacher = Scripted(
+        lambda text: "Who built the bridge there?" if "question about" in text else "Oskar did."
+    )
+    learnt_text(elicit.curate(teacher, topics=["bridges"], difficulties=["easy"]), tokenizer)
+
+
+def feature(tokenizer, folder):
+    teacher, data = tiny_teacher(), rows()
+    student_of("forward-kl", data, teacher=teacher)
+    student_of("forward-kl", data, teacher=LogitStore.capture(teacher, data, folder / "store", k=8))
+    student_of(HiddenStates(), data, teacher=teacher)
+
+
+def feedback(tokenizer, folder):
+    student_of("jsd", teacher=tiny_teacher(), policy=Policy(fraction=0.5, max_new_tokens=4))
+    asked = [{"prompt": "2 + 2?", "candidates": ["five", "four"]}]
+    pairs = elicit.feedback(Scripted(["B", "A"]), asked)
+    assert pairs.to_list() == [{"prompt": "2 + 2?", "chosen": "four", "rejected": "five"}]
+    learnt_text(elicit.feedback(Scripted(["four", "CORRECT"]), asked, kind="correct"), tokenizer)
+
+
+def self_knowledge(tokenizer, folder):
+    student = Scripted(["5", "4"])
+    learnt_text(elicit.self_train(student, [{"prompt": "2 + 2?", "answer": "4"}], samples=2), tokenizer)
+    rated = Scripted(["5", "4", "Score: 1", "Score: 5"])
+    for kind, backend in (("reward", rated), ("spin", Scripted(["5", "6"]))):
+        pairs = elicit.self_train(backend, [{"prompt": "2 + 2?", "target": "4"}], kind=kind, samples=2)
+        assert pairs[0]["chosen"] == "4" and pairs[0]["rejected"] == "5"
+
+
+def supervised(tokenizer, folder):
+    """SeqKD: fine-tuning on texts that the teacher wrote."""
+    teacher = tiny_teacher()
+    prompts = [row["input_ids"][:2] for row in rows()]
+    with seeded(0):
+        written = continuations(teacher, prompts, torch.device("cpu"), max_new_tokens=6)
+    data = [{name: value.tolist() for name, value in zip(written, each, strict=True) if name != "attention_mask"}
+            for each in zip(*written.values(), strict=True)]  # fmt: skip
+    student_of("cross-entropy", data)
+
+
+def divergences(tokenizer, folder):
+    for name in OBJECTIVES:
+        if name in FORMULAS:
+            student_of(name, teacher=tiny_teacher())
+    for objective in (HiddenStates(), MMD(), AttentionRelation()):
+        student_of(objective, teacher=tiny_teacher())
+    student_of(
+        ULD(), ["The capital of France is Paris.", "The mayor was born in Quenby."], teacher=tiny_teacher(),
+        data_collator=CrossCollator(tokenizer, tokenizer),
+    )  # fmt: skip
+
+
+def ranked_rows(tokenizer):
+    pairs = [{"prompt": "2 + 2?", "chosen": "four", "rejected": "five"}] * 4
+    return elicit.preference_rows(tokenizer, pairs, end=True)
+
+
+def reinforcement(tokenizer, folder):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    reward = LlamaForSequenceClassification(config)
+    Distiller(
+        student=reward, objective=RewardRanking(), train_dataset=ranked_rows(tokenizer),
+        data_collator=rank_collator(tokenizer), args=arguments("unused", max_steps=3),
+    ).train()  # fmt: skip
+    teacher = tiny_teacher()
+    student_of(RewardMinusKL(), teacher=teacher, policy=Rollouts(reward=reward, max_new_tokens=4))
+    for objective in (MiniLLM(), OnPolicyReverseKL()):
+        student_of(objective, teacher=teacher, policy=Rollouts(teacher, max_new_tokens=4, plain=rows(2)))
+
+
+def ranks(tokenizer, folder):
+    for objective in (DPO(), RRHF(), PRO()):
+        reference = make_tiny("llama", seed=2, layers=1) if objective.needs_teacher else None
+        student_of(
+            objective, ranked_rows(tokenizer), teacher=reference, data_collator=rank_collator(tokenizer)
+        )
+
+
+EXAMPLES = {
+    **dict(zip(ELICITATION, (labeling, expansion, curation, feature, feedback, self_knowledge), strict=True)),
+    **dict(zip(ALGORITHMS, (supervised, divergences, reinforcement, ranks), strict=True)),
+}
+FORMULAS = {
+    "forward-kl", "reverse-kl", "jsd", "skew-kl", "skew-reverse-kl", "total-variation", "adaptive-kl", "dkd",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", EXAMPLES)
+def test_every_class_of_the_survey_has_an_example(row, tiny_tokenizer, tmp_path):
+    assert set(OBJECTIVES) > FORMULAS
+    EXAMPLES[row](tiny_tokenizer, tmp_path)

@@ -5,6 +5,45 @@
 :access: text, logits, hidden, training data
 :reversible: no
 :context: no
+
+The survey takes distillation apart into two steps. First knowledge is ELICITED from a teacher: as text, as
+distributions and states, or as judgements.
+
+    labeling          `elicit.label`: answers, step-by-step answers; wrong final answers are dropped
+    expansion         `elicit.expand`: Self-Instruct with a ROUGE-L filter, rewriting to harder tasks
+    curation          `elicit.curate`: a grid of topics, personas and difficulties
+    feature           a teacher model in `Distiller`; `LogitStore`, its top-k on disk; hidden states by taps
+    feedback          `elicit.feedback`: preferences, corrections; `Policy`, its own samples judged by logits (GKD)
+    self-knowledge    `elicit.self_train`: verified answers, self-rewarding pairs, own against given answers (SPIN)
+
+Then it is DISTILLED by an objective. p is the teacher's distribution of the next token and q the student's; every loss
+is a sum over labelled tokens divided by their number in the whole update, in float32, with the squared temperature as
+a factor where there is a temperature.
+
+    fine-tuning       cross-entropy -log q(y) on the data, or on texts of the teacher (SeqKD)
+    divergences       forward-kl  sum p (log p - log q)              reverse-kl  sum q (log q - log p)
+                      total-variation  0.5 sum |p - q|               skew-kl  KL(p || a p + (1 - a) q), a = 0.1
+                      jsd  b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q; b = 0 and 1 are the two KLs
+                      skew-reverse-kl  KL(q || (1 - a) p + a q)
+                      adaptive-kl  the two KLs, weighed by sum |p - q| on p's head and tail; no gradient in the weights
+                      dkd  the target against the rest, and the rest among themselves
+    similarity        of hidden states (MSE, L1, cosine, cross-entropy, MMD) and of attention relations
+    across tokenizers ULD: L1 of sorted probabilities of byte-aligned tokens; with shared tokens apart (GOLD)
+    reinforcement     RewardRanking -log sigmoid(r_w - r_l), then RewardMinusKL; MiniLLM; OnPolicyReverseKL
+    ranks             DPO, RRHF, PRO
+
+Where the field's code and formulas part, this follows the formulas: the temperature counts in the loss, not in sampling
+alone; what is padded never counts, the end of text does; logits of -inf give no NaN; adaptive KL's weights take no
+gradient and belong to the token they were computed for. A stored top-k teacher is compared on its k tokens and one
+class for the rest ("bucket"), or on the k alone, renormalised ("zero").
+
+    from transfuse import load
+    from transfuse.distill import Distiller, Policy, prune
+    from transfuse.distill.survey_kd_llm import get
+
+    teacher, tokenizer = load("smollm2-135m")
+    Distiller(student=prune(teacher, layers=10), teacher=teacher, objective=get("jsd", beta=0.5),
+              policy=Policy(fraction=0.5), processing_class=tokenizer, train_dataset=rows).train()
 """
 
 from __future__ import annotations
@@ -13,7 +52,13 @@ from typing import Any
 
 from ..core.errors import BadInput
 from ..core.fields import suggest
+from . import _elicit as elicit
 from ._base import Objective
+from ._cross import ULD, HybridULD
+from ._features import MMD, HiddenStates
+from ._minillm import MiniLLM, OnPolicyReverseKL, RewardMinusKL
+from ._rank import DPO, PRO, RRHF, RewardRanking
+from ._relations import AttentionRelation
 from ._standard import (
     JSD,
     AdaptiveKL,
@@ -26,7 +71,7 @@ from ._standard import (
     TotalVariation,
 )
 
-__all__ = ["OBJECTIVES", "get", "survey_kd_llm"]
+__all__ = ["OBJECTIVES", "elicit", "get", "survey_kd_llm"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "forward-kl": ForwardKL,
@@ -38,6 +83,18 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "adaptive-kl": AdaptiveKL,
     "dkd": DecoupledKD,
     "cross-entropy": CrossEntropy,
+    "uld": ULD,
+    "hybrid-uld": HybridULD,
+    "hidden-states": HiddenStates,
+    "mmd": MMD,
+    "attention-relation": AttentionRelation,
+    "minillm": MiniLLM,
+    "on-policy-reverse-kl": OnPolicyReverseKL,
+    "reward-ranking": RewardRanking,
+    "reward-minus-kl": RewardMinusKL,
+    "dpo": DPO,
+    "rrhf": RRHF,
+    "pro": PRO,
 }
 """The standard objectives by name."""
 
