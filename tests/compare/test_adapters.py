@@ -157,7 +157,7 @@ def test_shared_work_is_done_once_and_charged_to_all(bench):
     assert bench.account(1.0, 5) == (1.0, 5)
     other = Bench(bench.model, bench.tokenizer, bench.job)
     assert other.once("work", make, size=1) == ["a"] and len(calls) == 1
-    assert 1.05 <= other.account(1.0, 5)[0] < 1.5
+    assert 1.04 <= other.account(1.0, 5)[0] < 1.5  # less what it waited for the lock
     other.once("work", make, size=2)
     Bench(bench.model, bench.tokenizer, bench.job, "another model").once("work", make, size=1)
     assert len(calls) == 3

@@ -85,8 +85,13 @@ def head_of(model: Any) -> Head | None:
     """
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     body = getattr(model, "base_model", None)
-    if not isinstance(layer, nn.Linear) or body is None or body is model:
-        return None
+    if (
+        not isinstance(layer, nn.Linear)
+        or body is None
+        or body is model
+        or hasattr(layer, "parametrizations")
+    ):
+        return None  # a parametrized weight is another tensor at every call
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = float(getattr(config, "logit_scale", None) or 1.0)

@@ -111,7 +111,9 @@ class Distiller(SafeTrainer):
             model=pair, args=args, train_dataset=train_dataset, data_collator=collate,
             processing_class=processing_class, **options,
         )  # fmt: skip
-        if not there and args.save_strategy == "no":  # Trainer makes the folder even where nothing goes into it
+        if (
+            not there and args.save_strategy == "no"
+        ):  # Trainer makes the folder even where nothing goes into it
             with contextlib.suppress(OSError):
                 Path(args.output_dir).rmdir()
         self.student, self.objective, self.policy = student, objective, policy
