@@ -20,7 +20,10 @@ from .errors import BadInput, IncompatibleModels
 __all__ = ["Head", "fused_sums", "head_of"]
 
 _CHUNK_BYTES = 64 * 2**20  # one float32 copy of a chunk of logits
-_LEAST_ROWS = 256  # below this the products with the head are slow whatever the vocabulary
+_LEAST_ROWS = {
+    "cpu": 256,
+    "cuda": 32,
+}  # below this the products with the head are slow whatever the vocabulary
 _CACHE_BYTES = (
     2**20
 )  # on a CPU, the terms of so many bytes of logits are made at a time: they stay in its cache
@@ -156,7 +159,7 @@ def fused_sums(
                 "teacher", theirs, f"entries of vocabulary, the student has {head.vocabulary}",
                 'use one tokenizer; align_vocab="truncate" where only padding rows differ',
             )  # fmt: skip
-    rows = max(_LEAST_ROWS, chunk_bytes // (4 * head.vocabulary))
+    rows = max(_LEAST_ROWS.get(hidden.device.type, 32), chunk_bytes // (4 * head.vocabulary))
     inner = max(1, _CACHE_BYTES // (4 * head.vocabulary)) if hidden.device.type == "cpu" else rows
     plan = _Plan(terms, head, teacher, columns, rows, inner, compile)
     names = plan.names(hidden)
