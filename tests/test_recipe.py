@@ -428,6 +428,59 @@ class TestFamilies:
         assert record["arguments"]["r"] == 2 and record["input_sha256"]["facts"]
         assert load_adapter(load(tiny_folder).model, out).active_adapter == "default"
 
+    def test_distill(self, tmp_path, tiny_folder, monkeypatch):
+        """A pruned student, taught by the whole model, killed on the way and run again: one folder that loads."""
+        from transformers import AutoModelForCausalLM
+
+        from transfuse.core.lineage import read_lineage
+        from transfuse.distill.taid import TAID
+
+        texts = tmp_path / "texts.txt"
+        texts.write_text("New facts move from documents into weights, and what was known stays. " * 120)
+        raw = {
+            "student": {"prune": str(tiny_folder), "layers": 2}, "teacher": str(tiny_folder), "texts": str(texts),
+            "method": {"uses": "taid", "with": {"t_start": 0.2}}, "block": 16, "max_steps": 12, "lr": 5e-3,
+            "save_every": 5,
+        }  # fmt: skip
+        moved, calls = TAID.on_step, []
+
+        def stop(self, figures, step, total):
+            calls.append(step)
+            if step == 8 and len(calls) == 8:
+                raise KeyboardInterrupt
+            moved(self, figures, step, total)
+
+        monkeypatch.setattr(TAID, "on_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(raw, output=tmp_path / "student")
+        assert not (tmp_path / "student").exists()
+        out = recipe.run(raw, output=tmp_path / "student")
+        assert calls == [*range(1, 9), *range(6, 13)]  # from the checkpoint at 5
+        student = AutoModelForCausalLM.from_pretrained(out)
+        assert len(student.model.layers) == 2 and (out / "tokenizer.json").is_file()
+        found = read_lineage(out)["measurements"]
+        assert found["updates"] == 12 and 1 < found["perplexity_after"] != found["perplexity_before"]
+        assert len(json.loads((out / "training.json").read_text())["losses"]) == 12
+
+    def test_distill_from_the_store(self, tmp_path, tiny_folder):
+        texts = tmp_path / "rows.jsonl"
+        texts.write_text('{"prompt": "The mayor of Port Ellery is", "target": "Ines Varro"}\n' * 30)
+        raw = {
+            "student": str(tiny_folder), "teacher": str(tiny_folder), "texts": str(texts), "block": 32,
+            "method": {"uses": "survey-kd-llm", "with": {"objective": "jsd"}}, "stored_top_k": 8, "max_steps": 3,
+        }  # fmt: skip
+        out = recipe.run(raw, output=tmp_path / "student")
+        assert read_lineage(out)["measurements"]["first_loss"] < 0.1  # the student is the teacher
+
+    def test_what_runs_and_what_does_not(self, tmp_path, tiny_folder):
+        raw = {"student": str(tiny_folder), "method": "bd-kd", "dataset": "wikitext-2/valid.txt"}
+        with pytest.raises(NotApplicable, match="has no single run"):
+            recipe.check(raw)
+        with pytest.raises(BadInput, match="layers"):
+            recipe.check({**raw, "method": "taid", "student": {"prune": "smollm2-135m", "layer": 3}})
+        with pytest.raises(BadInput, match="model"):
+            recipe.check({"method": "taid", "dataset": "wikitext-2/valid.txt"})
+
     def test_inject(self, tmp_path, tiny_folder):
         out = run_example("parametric-rag", tmp_path, tiny_folder, {"mode": "combine", "k": 2}, epochs=1)
         assert len(list((out / "store" / "adapters").glob("*.safetensors"))) == 3

@@ -541,3 +541,12 @@ def test_labels_do_not_overlap(seed):
         assert not any(box.overlap(other) for other in boxes[i + 1 :])
         marks = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in points]
         assert not any(box.overlap(mark) for mark in marks)
+
+
+def test_the_losses_of_a_run(tmp_path):
+    from transfuse.report import write_losses
+
+    record = {"losses": [5.0 / (i + 1) for i in range(60)], "perplexity": {"before": 812.3, "after": 40.1}}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    picture = write_losses(tmp_path)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 5000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -148,7 +149,11 @@ def run(recipe: Recipe, output: Output = None) -> None:
     """Run one transfer and write a loadable folder; run again to resume."""
     from .recipe import run as run_recipe
 
-    run_recipe(recipe, output=output)
+    folder = run_recipe(recipe, output=output)
+    if (folder / "training.json").is_file() and importlib.util.find_spec("matplotlib") is not None:
+        from .report import write_losses
+
+        write_losses(folder)
 
 
 @app.command()

@@ -244,10 +244,12 @@ def find(name: Any, where: str = "uses") -> Any:
 def _transfer(method: catalogue.Method) -> Callable[..., Any]:
     """What the method's family does with a recipe."""
     try:
-        found = getattr(importlib.import_module(f"transfuse.{method.family}"), "transfer", None)
+        home = importlib.import_module(f"transfuse.{method.family}")
     except ModuleNotFoundError:
-        found = None
-    if found is None:
+        home = None
+    found = getattr(home, "transfer", None)
+    suits = getattr(home, "suits", None)  # a family whose methods do not all run alike
+    if found is None or (suits is not None and not suits(catalogue.get(method.slug))):
         raise NotApplicable(
             "method", method.slug, "has no single run", "call it from Python, or use transfuse compare"
         )
@@ -315,7 +317,7 @@ def run(
     from .core.training import seeded
 
     started = time.perf_counter()
-    tell(f"{job.slug}: loading {job.model}")
+    tell(f"{job.slug}: loading {job.model if isinstance(job.model, str) else job.model.prune}")
     model, tokenizer = load_or_prune(job.spec, dtype=job.dtype, device=job.device)
     rank = int(os.environ.get("RANK", "0"))  # set by `accelerate launch`: all work, the first one writes
     with workshop(target, identity, join=rank > 0) as work:

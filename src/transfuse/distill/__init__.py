@@ -38,6 +38,7 @@ __all__ = [
     "TokenObjective",
     "layer_map",
     "prune",
+    "suits",
     "transfer",
 ]
 
@@ -46,6 +47,15 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:  # on first use: they import torch
         return getattr(importlib.import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def suits(target: Any) -> bool:
+    """Whether `transfer` runs what a method's name stands for: an objective, or a function that makes one."""
+    from ._base import Objective
+
+    if isinstance(target, type):
+        return issubclass(target, Objective)
+    return "Objective" in str(getattr(target, "__annotations__", {}).get("return", ""))
 
 
 def transfer(

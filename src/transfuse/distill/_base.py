@@ -360,7 +360,8 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any], prefix: str = "") -
     Where some are there under `prefix` and their name (`teacher_input_ids`), they are the model's own: these alone.
     Position numbers are added for a language model, so that the side of the padding does not matter.
     """
-    accepted = _accepted(type(model))
+    kind: Any = type(model)
+    accepted = _accepted(kind)
     own = {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
     for source in (own, batch):
         inputs = {name: value for name, value in source.items() if name in accepted and name != "labels"}

@@ -92,9 +92,7 @@ def distil(
     from ..core.models import load
 
     if not isinstance(method, Objective):
-        raise BadInput(
-            "method", type(method).__name__, "is no objective", "call it from Python, see its page"
-        )
+        raise BadInput("method", type(method).__name__, "is no objective", "give one, such as TAID()")
     block = options["block"]
     rows = text_rows(tokenizer, _source(texts, dataset, "texts"), block)
     if held_out is not None or held_out_dataset is not None:

@@ -14,7 +14,7 @@ from ..core.files import atomic_write, check_writable
 from .scatter import scatter
 from .view import COSTS, QUALITIES, Row, limits, number, rows_of, seconds, size
 
-__all__ = ["write_report"]
+__all__ = ["write_losses", "write_report"]
 
 HERE = Path(__file__).parent
 SAMPLES = 40  # answers shown per carrier
@@ -54,6 +54,21 @@ def write_report(
         atomic_write(target / "plots" / f"{name}.png", image)
     atomic_write(target / "report.html", page)
     return target / "report.html"
+
+
+def write_losses(folder: str | Path) -> Path:
+    """Draw the losses in a run's `training.json` into `loss.png` beside it; returns the picture's path.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    require("matplotlib", extra="report")
+    from .plots import losses
+
+    record = json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))
+    target = Path(folder) / "loss.png"
+    atomic_write(target, losses(record["losses"], record.get("perplexity")))
+    return target
 
 
 def _page(rows: Sequence[Row], context: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plots"]
+__all__ = ["losses", "plots"]
 
 INSIDE, READS, PICK, LIMIT = "#2463a9", "#b8560f", "#1d5428", "#a3262a"
 INK, QUIET, RULE = "#191c20", "#59626e", "#dfe3e8"
@@ -35,6 +35,31 @@ def plots(rows: Sequence[Row], context: Mapping[str, Any]) -> dict[str, bytes]:
             "recall": _png(_recall([row for row in rows if row.done])),
             "costs": _png(_costs([row for row in rows if row.done])),
         }
+
+
+def losses(values: Sequence[float], perplexity: Mapping[str, float] | None = None) -> bytes:
+    """The loss of each update, with its running mean, as PNG bytes.
+
+    Args:
+        values: One per update.
+        perplexity: `before` and `after` the run, for the heading.
+    """
+    import matplotlib as mpl
+
+    width = max(1, len(values) // 20)
+    mean = [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+    with mpl.rc_context(_RC):
+        figure = _figure(8, 4)
+        axes = figure.add_axes((0.09, 0.13, 0.88, 0.75))
+        steps = range(1, len(values) + 1)
+        axes.plot(steps, values, color=RULE, linewidth=1.0)
+        axes.plot(steps, mean, color=INSIDE, linewidth=1.8)
+        axes.set_xlabel("update")
+        axes.set_ylabel("loss")
+        if perplexity is not None:
+            text = "held-out perplexity {before:.4g} before, {after:.4g} after".format(**perplexity)
+            axes.set_title(text, loc="left", fontsize=10, color=QUIET)
+        return _png(figure)
 
 
 def _figure(width: float, height: float) -> Figure:
