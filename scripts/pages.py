@@ -6,6 +6,7 @@ but the catalogue. `python scripts/pages.py` writes README's table, `--check` fa
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import sys
@@ -67,7 +68,30 @@ def page(method: Method) -> str:
         ]
         parts += [f"## Arguments of `{found.name}`", table(("name", "type", "default", ""), rows)]
     parts += ["## As a recipe", f"```yaml\n{explain.recipe(method.slug)}\n```"]
-    return "\n\n".join([*parts, "## Evidence", evidence(method)]) + "\n"
+    parts += ["## Evidence", evidence(method)]
+    for name in benchmarks(method.slug):
+        parts += [f"## Benchmark: {name.replace('_', ' ')}", benchmark(name)]
+    return "\n\n".join(parts) + "\n"
+
+
+def benchmarks(slug: str | None = None) -> list[str]:
+    """Names of the committed benchmark results, those that measure a method or all."""
+    found = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    return [p.stem for p in found if slug is None or slug in json.loads(p.read_text())["methods"]]
+
+
+def benchmark(name: str) -> str:
+    """A benchmark's figures, with what was run where."""
+    record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    columns = list(dict.fromkeys(key for row in record["results"].values() for key in row))
+    shown = [c for c in columns if c not in ("all", "loss")]
+    rows = [
+        (arm, *(f"{row[c]:.4g}" if c in row else "" for c in shown)) for arm, row in record["results"].items()
+    ]
+    hardware = record["hardware"]
+    machine = ", ".join([str(hardware["cpu"]), f"{hardware['cores']} cores", *hardware.get("gpus", [])])
+    made = f"`{record['command']}` on {machine}; {made_with(record['versions'])}."
+    return "\n\n".join([record["what"], table(("", *(c.replace("_", " ") for c in shown)), rows), made])
 
 
 def evidence(method: Method) -> str:
@@ -166,6 +190,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put the table of methods where a page asks for it."""
+    for name in benchmarks():
+        markdown = markdown.replace(f"<!-- benchmark {name} -->", benchmark(name))
     return markdown.replace("<!-- methods -->", overview("methods/{slug}.md"))
 
 

@@ -107,7 +107,7 @@ def recipe(slug: str) -> str:
     own = [p for p in found.parameters if not p.supplied]
     node = [f"uses: {method.slug}", *_block("with", [line for p in own for line in _entry(p)])]
     family = _transfer(method)
-    if family is None:
+    if family is None or (_chooses(method) and len(own) < len(found.parameters)):
         return "\n".join(
             [*lines, f"# no single run: call {found.name} from Python, or use it in a comparison", *node]
         )
@@ -131,6 +131,11 @@ def _entry(parameter: Parameter) -> list[str]:
     if value is _NOT_LITERAL:
         return [*lines, f"# {parameter.name}: {parameter.default}  # {parameter.annotation}"]
     return [*lines, f"{parameter.name}: {_yaml(value)}  # {parameter.annotation}"]
+
+
+def _chooses(method: Method) -> bool:
+    """Whether the family runs some of its methods only (`suits`): not those that are given models of their own."""
+    return "\ndef suits(" in method.path.with_name("__init__.py").read_text(encoding="utf-8")
 
 
 def _transfer(method: Method) -> list[Parameter] | None:
