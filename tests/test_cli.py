@@ -190,7 +190,7 @@ def test_warnings_are_one_line(call, monkeypatch):
 def test_compare_and_run_pass_their_arguments_on(call, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(compare, "compare", lambda *a, **k: seen.append((a, k)))
-    monkeypatch.setattr(recipe, "run", lambda *a, **k: seen.append((a, k)))
+    monkeypatch.setattr(recipe, "run", lambda *a, **k: seen.append((a, k)) or tmp_path)
     assert call("compare", "a.yaml", "--output", str(tmp_path))[0] == 0
     assert call("run", "b.yaml")[0] == 0
     assert seen == [((Path("a.yaml"),), {"output": tmp_path}), ((Path("b.yaml"),), {"output": None})]

@@ -1,4 +1,4 @@
-"""MST-Distill: teachers that see other modalities, each masked towards what the student can say, routed per sample.
+"""MST-Distill: teachers of other modalities, masked towards what the student can say and routed per sample.
 
 :arxiv: 2507.07015
 :moves: what models of other or more modalities know -> a model of one modality
