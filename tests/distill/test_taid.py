@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +157,42 @@ def test_bad_input(name, value):
 def test_an_unknown_length_is_refused():
     with pytest.raises(BadInput, match="max_steps"):
         TAID().on_step({"kd": 1.0, "loss": 1.0}, 1, 0)
+
+
+KILLED = """
+    import hashlib, sys
+    sys.path[:0] = [{tests!r}, {tests!r} + "/distill"]
+    from test_taid import TAID, trainer
+    from transfuse.core.checkpoints import last_checkpoint
+    from pathlib import Path
+
+    folder = Path(sys.argv[1])
+    made = trainer(folder, TAID(t_start=0.2, alpha=0.3), save_strategy="steps", save_steps=4, max_steps=60)
+    last = last_checkpoint(folder)
+    print("FROM", 0 if last is None else last.name, flush=True)
+    made.train(resume_from_checkpoint=None if last is None else str(last))
+    state = made.model.state_dict()
+    text = b"".join(state[name].contiguous().view(-1).numpy().tobytes() for name in sorted(state))
+    print("END", hashlib.sha256(text).hexdigest(), float(made.objective.t), flush=True)
+"""
+
+
+def test_kill_9_and_go_on(tmp_path):
+    """The process is killed while it trains; started again it ends with the weights and the t of a whole run."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(KILLED.format(tests=str(Path(__file__).resolve().parents[1]))))
+    command = [sys.executable, str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(folder):
+        return subprocess.Popen([*command, str(folder)], stdout=subprocess.PIPE, text=True, env=environment)
+
+    killed = start(tmp_path / "killed")
+    while not list((tmp_path / "killed").glob("checkpoint-*")):
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert "END" not in killed.communicate()[0]
+    outputs = [start(tmp_path / name).communicate()[0].splitlines() for name in ("killed", "whole")]
+    assert outputs[0][0].startswith("FROM checkpoint-") and outputs[1][0] == "FROM 0"
+    assert outputs[0][1] == outputs[1][1]
