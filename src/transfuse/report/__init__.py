@@ -130,7 +130,7 @@ def _lead(rows: Sequence[Row], context: Mapping[str, Any]) -> list[str]:
     ends = [
         f"asked in {asked} wordings never taught" if asked else "",
         f"{missed} not measured" if missed else "",
-        f"measured in {seconds(took)}" if isinstance(took, (int, float)) else "",
+        f"{seconds(took)} of measuring, carrier by carrier" if isinstance(took, (int, float)) else "",
         str(context.get("created") or "")[:10],
     ]
     return [count, *(end for end in ends if end)]
