@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,26 +98,11 @@ class JSD(Divergence):
 
     Args:
         beta: Weight of the teacher in the mixture, from 0 to 1.
-        temperature: Divides both logits.
-        kd_weight: Weight of the divergence.
-        ce_weight: Weight of the cross-entropy with the labels.
-        rest: For a stored teacher, see `TokenObjective`.
-        compile: Use `torch.compile`.
+        **options: Those of `Divergence`.
     """
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        kd_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        rest: Rest = "bucket",
-        compile: bool = False,
-    ):
-        super().__init__(
-            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile
-        )
+    def __init__(self, *, beta: float = 0.5, **options: Any):
+        super().__init__(**options)
         if not 0.0 <= beta <= 1.0:
             raise BadInput("beta", beta, "is not between 0 and 1", "give a share")
         self.beta = beta
@@ -135,28 +120,13 @@ class SkewKL(Divergence):
 
     Args:
         alpha: Share of the teacher in the mixture.
-        temperature: Divides both logits.
-        kd_weight: Weight of the divergence.
-        ce_weight: Weight of the cross-entropy with the labels.
-        rest: For a stored teacher, see `TokenObjective`.
-        compile: Use `torch.compile`.
+        **options: Those of `Divergence`.
     """
 
     reverse = False
 
-    def __init__(
-        self,
-        *,
-        alpha: float = 0.1,
-        temperature: float = 1.0,
-        kd_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        rest: Rest = "bucket",
-        compile: bool = False,
-    ):
-        super().__init__(
-            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile
-        )
+    def __init__(self, *, alpha: float = 0.1, **options: Any):
+        super().__init__(**options)
         check_share("alpha", alpha, "use ForwardKL or ReverseKL at the ends")
         self.alpha = alpha
 
@@ -175,26 +145,11 @@ class AdaptiveKL(Divergence):
 
     Args:
         mu: Cumulative teacher probability, from the least likely token up, where the head begins.
-        temperature: Divides both logits.
-        kd_weight: Weight of the divergence.
-        ce_weight: Weight of the cross-entropy with the labels.
-        rest: For a stored teacher, see `TokenObjective`.
-        compile: Use `torch.compile`.
+        **options: Those of `Divergence`.
     """
 
-    def __init__(
-        self,
-        *,
-        mu: float = 0.5,
-        temperature: float = 1.0,
-        kd_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        rest: Rest = "bucket",
-        compile: bool = False,
-    ):
-        super().__init__(
-            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile
-        )
+    def __init__(self, *, mu: float = 0.5, **options: Any):
+        super().__init__(**options)
         check_share("mu", mu)
         self.mu = mu
 
@@ -208,27 +163,11 @@ class DecoupledKD(Divergence):
     Args:
         alpha: Weight of the first part.
         beta: Weight of the second.
-        temperature: Divides both logits.
-        kd_weight: Weight of both.
-        ce_weight: Weight of the cross-entropy with the labels.
-        rest: For a stored teacher, see `TokenObjective`.
-        compile: Use `torch.compile`.
+        **options: Those of `Divergence`.
     """
 
-    def __init__(
-        self,
-        *,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        temperature: float = 1.0,
-        kd_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        rest: Rest = "bucket",
-        compile: bool = False,
-    ):
-        super().__init__(
-            temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile
-        )
+    def __init__(self, *, alpha: float = 1.0, beta: float = 1.0, **options: Any):
+        super().__init__(**options)
         self.alpha, self.beta = alpha, beta
 
     def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
