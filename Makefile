@@ -75,6 +75,7 @@ evidence: $(USER_READY)
 	  $(BIN)/transfuse evidence $$slug $(if $(filter full,$(TIER)),--full) || exit $$?; done
 
 bench: $(DEV_READY)
+	@$(PIP) install --no-build-isolation -c constraints.txt -e '.[bench]'
 	@for file in $(wildcard benchmarks/[!_]*.py); do echo "== $$file"; $(BIN)/python $$file || exit $$?; done
 
 docs: $(DEV_READY)

@@ -3,8 +3,8 @@
 Student and teacher are the same for all: a pretrained teacher and its depth-pruned copy, bfloat16, one batch of
 random tokens, JSD(0.5). A step is the trainer's own `training_step`: both forward passes, loss and backward pass.
 Each contender runs in a process of its own. Memory is the highest mark during the step above what lay there before
-it: weights, gradients and optimizer state are allocated beforehand and do not count. Needs `pip install trl`, and
-`liger-kernel` for that column.
+it: weights, gradients and optimizer state are allocated beforehand and do not count. Needs the extra `bench`, and
+`pip install liger-kernel` for that column.
 
     python benchmarks/distill_step.py [--model smollm2-135m] [--layers 10] [--batch 4] [--length 256]
                                       [--repeats 5] [--device cpu] [--json FILE]
