@@ -14,7 +14,7 @@ from ..core.batches import IGNORED
 from ..core.errors import BadInput
 from ..core.generate import pad_batch
 
-__all__ = ["AdaptivePolicy", "Policy", "continuations", "prompts_of"]
+__all__ = ["AdaptivePolicy", "Policy", "continuations", "continued", "ends_of", "pad_of", "prompts_of"]
 
 
 class Policy(nn.Module):
@@ -159,10 +159,7 @@ def continuations(
         text is.
     """
     model: Any = student
-    config = model.generation_config
-    pad = config.pad_token_id if config.pad_token_id is not None else model.config.pad_token_id or 0
-    ends = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
-    stops = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    pad, stops = pad_of(model), ends_of(model)
     ids, mask = pad_batch(prompts, pad, side="left")
     training = model.training
     model.eval()
@@ -174,8 +171,19 @@ def continuations(
             )[:, ids.shape[1] :].tolist()  # fmt: skip
     finally:
         model.train(training)
+    return continued(prompts, out, stops, pad, device)
+
+
+def continued(
+    prompts: list[list[int]], new: list[list[int]], stops: set[int], pad: int, device: torch.device
+) -> dict[str, Any]:
+    """Prompts and what was sampled after them as a batch, each cut after its first stop.
+
+    Returns:
+        As `continuations`.
+    """
     rows, labels = [], []
-    for prompt, tokens in zip(prompts, out, strict=True):
+    for prompt, tokens in zip(prompts, new, strict=True):
         end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
         rows.append(prompt + tokens[:end])
         labels.append([IGNORED] * len(prompt) + tokens[:end])
@@ -185,3 +193,16 @@ def continuations(
         "attention_mask": attention.to(device),
         "labels": pad_batch(labels, IGNORED)[0].to(device),
     }
+
+
+def pad_of(model: Any) -> int:
+    """The padding id of a model's generation, 0 if it names none."""
+    found = model.generation_config.pad_token_id
+    return int(found if found is not None else getattr(model.config, "pad_token_id", None) or 0)
+
+
+def ends_of(model: Any) -> set[int]:
+    """The ids that end a text."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if ends is not None else getattr(model.config, "eos_token_id", None)
+    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}

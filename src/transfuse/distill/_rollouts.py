@@ -16,7 +16,7 @@ from ..core.lockstep import decode
 from ..core.streams import Stream
 from ._base import Reader, logits_of, model_inputs
 from ._likelihood import token_log_probs
-from ._policy import Policy, prompts_of
+from ._policy import Policy, continued, ends_of, pad_of, prompts_of
 
 __all__ = ["Rollouts", "at_tokens", "mixed_logits"]
 
@@ -122,17 +122,7 @@ class Rollouts(Policy):
             streams, joined, max_new_tokens=self.max_new_tokens, eos_token_id=sorted(stops) or None,
             pad_token_id=pad, do_sample=True,
         ).tolist()  # fmt: skip
-        rows, labels = [], []
-        for prompt, tokens in zip(prompts, new, strict=True):
-            end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
-            rows.append(prompt + tokens[:end])
-            labels.append([IGNORED] * len(prompt) + tokens[:end])
-        padded, attention = pad_batch(rows, pad)
-        return {
-            "input_ids": padded.to(device),
-            "attention_mask": attention.to(device),
-            "labels": pad_batch(labels, IGNORED)[0].to(device),
-        }
+        return continued(prompts, new, stops, pad, device)
 
     def _remembered(self, student: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What log q of the tokens is, and q over what they were drawn from."""
@@ -199,16 +189,3 @@ def at_tokens(values: Tensor, first: float = 0.0) -> Tensor:
 def widened(values: Tensor, width: int, fill: int) -> Tensor:
     """Filled up on the right to `width` columns."""
     return nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
-
-
-def pad_of(model: Any) -> int:
-    """The padding id of a model's generation, 0 if it names none."""
-    found = model.generation_config.pad_token_id
-    return int(found if found is not None else getattr(model.config, "pad_token_id", None) or 0)
-
-
-def ends_of(model: Any) -> set[int]:
-    """The ids that end a text."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if ends is not None else getattr(model.config, "eos_token_id", None)
-    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
