@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfuse.core import divergence
-from transfuse.core.divergence import forward_kl, jsd, reverse_kl
+from transfuse.core.divergence import forward_kl, jsd, kl_terms, reverse_kl
 from transfuse.core.errors import BadInput, IncompatibleModels
 
 KINDS = {
@@ -200,3 +200,13 @@ def test_bad_input():
     for beta in (0.0, 1.0, -1.0):
         with pytest.raises(BadInput, match="beta"):
             jsd(torch.zeros(2, 5), torch.zeros(2, 5), beta=beta)
+
+
+def test_a_probability_too_small_for_its_dtype_counts_as_none():
+    """exp(-200) is 0 in float32; where the other side excludes that token, 0 times infinity must not appear."""
+    log_p = torch.log_softmax(torch.tensor([[0.0, 1.0, -200.0]]), -1)
+    log_q = torch.log_softmax(torch.tensor([[0.5, 0.5, -torch.inf]]), -1).requires_grad_()
+    value = kl_terms(log_p, log_q)
+    assert float(value.detach()) == pytest.approx(float(kl_terms(log_p[:, :2], log_q[:, :2]).detach()))
+    (slope,) = torch.autograd.grad(value.sum(), log_q)
+    assert not slope.isnan().any()

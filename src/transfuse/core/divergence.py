@@ -48,11 +48,12 @@ def _bounded(log_p: Tensor) -> bool:
 
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) over the last axis from log-probabilities `[..., V]`; 0 log 0 = 0."""
-    if _bounded(log_p):
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-    absent = log_p == -torch.inf
+    p = log_p.exp()
+    if _bounded(log_p) and _bounded(log_q):
+        return (p * (log_p - log_q)).sum(-1)
+    absent = p == 0  # also where it is too small for its dtype: 0 times infinity is no number
     difference = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
-    return (log_p.exp().masked_fill(absent, 0.0) * difference).sum(-1)
+    return (p.masked_fill(absent, 0.0) * difference).sum(-1)
 
 
 def check_share(name: str, value: float, remedy: str = "give such a number") -> None:
