@@ -304,7 +304,7 @@ def test_bad_streams_are_refused_before_any_forward(tiny_lm, calls):
             BadInput,
             "512 positions .*shorten the prompt by 1 tokens",
         ),
-        ([good, good._replace(model=tiny_lm("llama", vocab=401))], IncompatibleModels, "401 tokens .* 400"),
+        ([good, good._replace(model=tiny_lm("llama", vocab=399))], IncompatibleModels, "399 tokens .* 400"),
     ]
     for streams, error, message in cases:
         with pytest.raises(error, match=message):
@@ -332,11 +332,26 @@ def test_vocabularies_are_compared_id_by_id(tiny_tokenizer):
     check_vocabularies([tiny_tokenizer, copy.deepcopy(tiny_tokenizer)])
     grown = copy.deepcopy(tiny_tokenizer)
     grown.add_tokens(["quenby"])
+    check_vocabularies([tiny_tokenizer, grown])  # more ids at the end: cut off
     size = len(tiny_tokenizer)
     with pytest.raises(
-        IncompatibleModels, match=rf"\({size}, {size + 1}\) differ: token id {size} is None .* 'quenby'"
+        IncompatibleModels, match=rf"\({size + 1}, {size}\) differ: token id {size} is 'quenby' .* None"
     ):
-        check_vocabularies([tiny_tokenizer, grown])
+        check_vocabularies([grown, tiny_tokenizer])
+
+
+def test_tokens_that_only_later_streams_know_are_cut_off(tiny_lm):
+    model, wide = tiny_lm("llama"), tiny_lm("llama", seed=5, vocab=407)
+    streams = [stream(model, prompts(1, [5, 9])), stream(wide, prompts(2, [7, 3]))]
+    seen = []
+
+    def combine(logits):
+        seen.append([z.shape for z in logits])
+        return blend(logits)
+
+    out = decode(streams, combine, max_new_tokens=3)
+    assert set(map(tuple, seen)) == {((2, 400), (2, 400))}
+    assert torch.equal(follow(streams, combine, out).predictions, out)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .errors import BadInput, NotApplicable
-from .streams import Stream, check_generation, checked
+from .streams import Stream, check_generation, checked, vocabulary_of
 
 __all__ = ["Combine", "Followed", "Stream", "decode", "decode_prepared", "follow"]
 
@@ -201,7 +201,7 @@ def decode(
 
     Raises:
         BadInput: no stream, unequal rows, an empty prompt, or more tokens than a model has positions.
-        IncompatibleModels: models that score different vocabularies.
+        IncompatibleModels: a model that scores fewer tokens than the first stream's (more are cut off).
         NotApplicable: an encoder-decoder model.
     """
     if max_new_tokens < 1:
@@ -221,7 +221,12 @@ def decode(
     sequence = streams[0].input_ids
     prompt_length, unfinished = sequence.shape[1], torch.ones_like(sequence[:, 0], dtype=torch.bool)
 
-    logits = [group.forward()[:, -1].to(device, torch.float32, copy=True) for group in groups]
+    width = vocabulary_of(streams[0].model)
+
+    def last(group: _Group) -> Tensor:
+        return group.forward()[:, -1, :width]
+
+    logits = [last(group).to(device, torch.float32, copy=True) for group in groups]
     joined = _grouped(groups)
     while True:
         scores = processors(sequence, combine(logits))
@@ -239,7 +244,7 @@ def decode(
             return sequence[:, prompt_length:]
         for group, members in joined:
             group.append(tokens)
-            parts = group.forward()[:, -1].to(device, torch.float32).chunk(len(members))
+            parts = last(group).to(device, torch.float32).chunk(len(members))
             for n, part in zip(members, parts):
                 logits[n] = part
 
@@ -343,7 +348,7 @@ def follow(
     for stream in checked(streams, steps):
         group = _Group(stream, use_cache=False)
         group.append(forced[:, :-1])
-        kept.append(group.forward(steps).to(device))
+        kept.append(group.forward(steps)[..., : vocabulary_of(streams[0].model)].to(device))
     predictions, logprobs = [], []
     for t in range(steps):
         sequence = torch.cat([streams[0].input_ids, forced[:, :t]], dim=1)

@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .errors import BadInput, IncompatibleModels, NotApplicable
 
-__all__ = ["Stream", "check_generation", "check_vocabularies", "checked", "unpadded"]
+__all__ = ["Stream", "check_generation", "check_vocabularies", "checked", "unpadded", "vocabulary_of"]
 
 
 class Stream(NamedTuple):
@@ -44,23 +44,31 @@ def unpadded(stream: Stream) -> list[list[int]]:
 
 
 def check_vocabularies(tokenizers: Sequence[Any]) -> None:
-    """Refuse tokenizers that do not give every id the same meaning.
+    """Refuse tokenizers that do not give every id of the first the same meaning.
+
+    Ids that another tokenizer has beyond the first one's last are no hindrance: the streams' scores for them
+    are cut off.
 
     Raises:
         IncompatibleModels: naming the sizes and the first id that differs.
     """
-    first = tokenizers[0].get_vocab()
-    for other in (tokenizer.get_vocab() for tokenizer in tokenizers[1:]):
+    first = {i: token for token, i in tokenizers[0].get_vocab().items()}
+    for tokenizer in tokenizers[1:]:
+        other = {i: token for token, i in tokenizer.get_vocab().items() if i <= max(first)}
         if other == first:
             continue
-        ours, theirs = ({i: t for t, i in vocab.items()} for vocab in (first, other))
-        at = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+        at = min(i for i in first.keys() | other.keys() if first.get(i) != other.get(i))
         raise IncompatibleModels(
             "tokenizers",
-            (len(first), len(other)),
-            f"differ: token id {at} is {ours.get(at)!r} in one and {theirs.get(at)!r} in another",
+            (len(first), len(tokenizer.get_vocab())),
+            f"differ: token id {at} is {first.get(at)!r} in one and {other.get(at)!r} in another",
             "use models of one family, or methods that align tokens",
         )
+
+
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model scores; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
 
 
 def check_generation(config: GenerationConfig) -> None:
@@ -107,7 +115,7 @@ def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
 
     Raises:
         BadInput: no stream, unequal rows, an empty prompt, or more tokens than a model has positions.
-        IncompatibleModels: models that score different vocabularies.
+        IncompatibleModels: a model that scores fewer tokens than the first stream's.
         NotApplicable: an encoder-decoder model.
     """
     if not streams:
@@ -150,15 +158,14 @@ def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
                 "reads its prompt with an encoder, which the streams' shared positions cannot describe",
                 "use a decoder-only model",
             )
-        vocabulary = getattr(config, "vocab_size", None)
         if result and model is not result[0].model:
-            expected = getattr(result[0].model.config.get_text_config(decoder=True), "vocab_size", None)
-            if vocabulary != expected:
+            scored, expected = vocabulary_of(model), vocabulary_of(result[0].model)
+            if scored is None or expected is None or scored < expected:
                 raise IncompatibleModels(
                     f"streams[{n}].model",
                     type(model).__name__,
-                    f"scores {vocabulary} tokens where the first stream scores {expected}",
-                    "use models that share one vocabulary",
+                    f"scores {scored} tokens where the first stream scores {expected}",
+                    "use models that share one vocabulary; only the first may have the fewer tokens",
                 )
         width, limit = int(lengths.max()), getattr(config, "max_position_embeddings", None)
         if limit is not None and width + new_tokens - 1 > limit:  # the last new token is never read

@@ -21,6 +21,9 @@ _NOT_TEXT = {"assistant_model", "num_return_sequences", "return_dict_in_generate
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt with context and of the same prompt without."""
 
+Sides = list[tuple[Tensor, Tensor]]
+"""Padded ids and masks `[B, T]` of each prompt that is read in its own rendering."""
+
 
 class Steered(NamedTuple):
     """An answer with what the method recorded at each of its tokens.
@@ -120,28 +123,29 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _streams(model: PreTrainedModel, pairs: Sequence[Pair], pad: int) -> list[Stream]:
-    sides = [pad_batch(ids, pad, side="left", device=model.device) for ids in zip(*pairs)]
-    return [Stream(model, ids, mask) for ids, mask in sides]
+def _sides(rows: Sequence[Sequence[list[int]]], pad: int, device: torch.device) -> Sides:
+    return [pad_batch(ids, pad, side="left", device=device) for ids in zip(*rows)]
 
 
 def answer(
     method: Callable[..., Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
+    prompts: Sequence[Sequence[list[int]]],
     *,
+    extra: Sequence[str] = (),
     batch_size: int,
     **generation: Any,
 ) -> list[Steered]:
     """Decode prompts with `model.generate(..., custom_generate=method)`.
 
     Args:
-        method: Takes `parametric_input_ids`, `parametric_attention_mask` and a list `trace`, to which it
-            appends a tuple of `[B]` tensors per step.
+        method: Takes a list `trace`, to which it appends a tuple of tensors `[B, ...]` per step, and for each
+            name in `extra` the keywords `<name>_input_ids` and `<name>_attention_mask`.
         model: A causal language model.
         tokenizer: Its tokenizer.
-        pairs: The prompts.
+        prompts: Per query the token ids `model` reads, then those of each further rendering.
+        extra: Names of the further renderings.
         batch_size: Prompts decoded together.
         **generation: For `generate`. By default greedy, with repetition penalty, temperature and top-p at 1.
 
@@ -163,43 +167,53 @@ def answer(
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     end_ids = torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
     answers: dict[int, Steered] = {}
-    for rows in batches([len(with_context) for with_context, _ in pairs], batch_size):
-        first, second = _streams(model, [pairs[i] for i in rows], pad_id_of(tokenizer))
+    for rows in batches([len(ids[0]) for ids in prompts], batch_size):
+        (ids, mask), *others = _sides([prompts[i] for i in rows], pad_id_of(tokenizer), model.device)
         trace: list[tuple[Tensor, ...]] = []
+        further: dict[str, Tensor] = {}
+        for name, (other_ids, other_mask) in zip(extra, others, strict=True):
+            further |= {f"{name}_input_ids": other_ids, f"{name}_attention_mask": other_mask}
         output = model.generate(
-            input_ids=first.input_ids,
-            attention_mask=first.attention_mask,
-            custom_generate=method,
-            parametric_input_ids=second.input_ids,
-            parametric_attention_mask=second.attention_mask,
-            trace=trace,
-            **options,
+            input_ids=ids, attention_mask=mask, custom_generate=method, trace=trace, **further, **options
         )
         recorded = [torch.stack(steps, dim=1).cpu() for steps in zip(*trace)]
         for row, i in enumerate(rows):
-            tokens = output[row, first.input_ids.shape[1] :].cpu()
+            tokens = output[row, ids.shape[1] :].cpu()
             ended = torch.isin(tokens, end_ids).nonzero()
             tokens = tokens[: int(ended[0]) + 1] if len(ended) else tokens  # after its end a row is padding
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             answers[i] = Steered(text.lstrip(" "), tokens, tuple(r[row, : len(tokens)] for r in recorded))
-    return [answers[i] for i in range(len(pairs))]
+    return [answers[i] for i in range(len(prompts))]
 
 
 def predict(
-    combiner: Callable[[Sequence[Stream]], lockstep.Combine],
-    model: PreTrainedModel,
+    reader: Callable[[Sides], tuple[list[Stream], lockstep.Combine]],
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
+    prompts: Sequence[Sequence[list[int]]],
     targets: Sequence[list[int]],
     *,
+    device: torch.device,
     batch_size: int,
-) -> list[Tensor]:
-    """Teacher-forced best tokens `[T]` for each target; `combiner` makes a batch's `combine`."""
-    predictions: dict[int, Tensor] = {}
-    for rows in batches([len(with_context) for with_context, _ in pairs], batch_size):
-        streams = _streams(model, [pairs[i] for i in rows], pad_id_of(tokenizer))
-        forced, _ = pad_batch([targets[i] for i in rows], pad_id_of(tokenizer))
-        best = lockstep.follow(streams, combiner(streams), forced).predictions.cpu()
+) -> list[lockstep.Followed]:
+    """What the streams say about given continuations (teacher forcing), each `[T]` for its target.
+
+    Args:
+        reader: From a batch's padded prompts to its streams and their combination.
+        tokenizer: For padding.
+        prompts: Per query the token ids of each rendering.
+        targets: Per query the ids of the continuation.
+        device: Where the prompts are put.
+        batch_size: Prompts read together.
+    """
+    found: dict[int, lockstep.Followed] = {}
+    pad = pad_id_of(tokenizer)
+    for rows in batches([len(ids[0]) for ids in prompts], batch_size):
+        streams, combine = reader(_sides([prompts[i] for i in rows], pad, device))
+        forced, _ = pad_batch([targets[i] for i in rows], pad)
+        followed = lockstep.follow(streams, combine, forced)
         for row, i in enumerate(rows):
-            predictions[i] = best[row, : len(targets[i])]
-    return [predictions[i] for i in range(len(pairs))]
+            n = len(targets[i])
+            found[i] = lockstep.Followed(
+                followed.predictions[row, :n].cpu(), followed.logprobs[row, :n].cpu()
+            )
+    return [found[i] for i in range(len(prompts))]

@@ -49,8 +49,8 @@ from transformers import (
 from transfuse.core import lockstep
 from transfuse.core.errors import BadInput
 from transfuse.core.streams import Stream, unpadded
-from transfuse.steer._base import Steer
-from transfuse.steer._texts import Prompts, Steered, answer, paired, predict
+from transfuse.steer._base import Combining
+from transfuse.steer._texts import Prompts, Sides, Steered, answer, paired, predict
 
 __all__ = ["CKPlug", "Mixed", "ck_plug_mix", "ck_plug_scores", "confidence_gain", "plausibility_head"]
 
@@ -196,8 +196,7 @@ def confidence_gain(
     a, b = query_ids.flatten().tolist(), context_ids.flatten().tolist()
     shared = next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1])) if x != y), min(len(a), len(b)))
     if shared == 0:
-        problem = f"does not end like query_ids {a[-3:]}"
-        raise BadInput("context_ids", b[-3:], problem, "let both end in the same question")
+        raise BadInput("context_ids", b[-3:], f"does not end like {a[-3:]}", "let both end in one question")
     gains: list[Tensor] = []
 
     def combine(logits: list[Tensor]) -> Tensor:
@@ -210,8 +209,8 @@ def confidence_gain(
     return torch.cat(gains)
 
 
-class CKPlug(Steer):
-    """Answers that lean on the model's memory or on the context, by one dial.
+class CKPlug(Combining):
+    """Answers that lean on memory or on the context, by one dial.
 
     As `model.generate(**inputs, custom_generate=CKPlug(model, tokenizer))` it takes `parametric_input_ids`
     and `parametric_attention_mask`, `[B, S]` prompts without context, beside the usual prompts with it.
@@ -221,14 +220,15 @@ class CKPlug(Steer):
         tokenizer: Its tokenizer.
         alpha: Weight of memory where context and memory conflict, see `ck_plug_mix`.
         gate: "paper" or "repo", see `ck_plug_mix`.
-        epsilon: Confidence gain in nats below which a token is in conflict; the paper uses 0, or -1 to -3 for
-            some models. -inf never fires: plain reading of the context.
+        epsilon: Confidence gain in nats below which a token is in conflict; -inf never fires.
         top: k of the plausibility head.
         relative_top: rho of the plausibility head.
         prompt: How context and query are written down; the stream without context reads the query alone.
         chat: Put the text into the tokenizer's chat template, for both streams alike.
         system: System message of the chat.
     """
+
+    streams = 2
 
     def __init__(
         self,
@@ -277,8 +277,7 @@ class CKPlug(Steer):
             max_new_tokens: Per answer.
             batch_size: Queries decoded together, two rows each.
             details: Return `Steered` in place of text; its trace holds gain and gate per token.
-            **generation: What else `__call__` (`generator`, `on_tokens`) or transformers' `generate` takes.
-                By default greedy, with repetition penalty, temperature and top-p at 1.
+            **generation: For `__call__` (`generator`, `on_tokens`) or transformers' `generate`; greedy by default.
 
         Returns:
             One answer for one query given as text, else a list in the order given.
@@ -290,7 +289,7 @@ class CKPlug(Steer):
         prompts = self._prompts()
         pairs = [prompts.encode(q, c) for q, c in paired(queries, "contexts", contexts)]
         answers = answer(
-            self, self.model, self.tokenizer, pairs,
+            self, self.model, self.tokenizer, pairs, extra=["parametric"],
             batch_size=batch_size, max_new_tokens=max_new_tokens, **generation,
         )  # fmt: skip
         results = answers if details else [a.text for a in answers]
@@ -316,8 +315,7 @@ class CKPlug(Steer):
             Per query `[T]` int64, the best token at each position of its continuation.
 
         Raises:
-            BadInput: lists that do not pair, an empty continuation, an argument out of range, a prompt too
-                long.
+            BadInput: lists that do not pair, an empty continuation, an argument out of range, a long prompt.
         """
         prompts, pairs, targets = self._prompts(), [], []
         texts = paired(queries, "continuations", continuations)
@@ -325,7 +323,9 @@ class CKPlug(Steer):
             pair, ids = prompts.encode_target(query, context, target)
             pairs.append(pair)
             targets.append(ids)
-        return predict(self._combiner, self.model, self.tokenizer, pairs, targets, batch_size=batch_size)
+        device = self.model.device
+        read = predict(self._read, self.tokenizer, pairs, targets, device=device, batch_size=batch_size)
+        return [followed.predictions for followed in read]
 
     def __call__(
         self,
@@ -350,8 +350,7 @@ class CKPlug(Steer):
             logits_processor: As prepared.
             stopping_criteria: As prepared.
             generation_config: As prepared.
-            parametric_input_ids: `[B, S]` prompts without context. A row equal to its prompt with context has
-                none and is decoded plainly, with a warning.
+            parametric_input_ids: `[B, S]` prompts without context; a row without any is decoded plainly.
             parametric_attention_mask: `[B, S]`; None where nothing is padded.
             generator: Source of draws when sampling.
             on_tokens: Called with the new tokens `[B]` of each step.
@@ -361,11 +360,9 @@ class CKPlug(Steer):
         self._prompts()
         if parametric_input_ids is None:
             raise BadInput("parametric_input_ids", None, "is missing", "give the prompts without context")
+        reading = Stream(model, input_ids, model_kwargs.get("attention_mask"))
         memory = Stream(model, parametric_input_ids, parametric_attention_mask)
-        streams = [
-            Stream(model, input_ids, model_kwargs.get("attention_mask")),
-            memory.repeated(generation_config.num_return_sequences or 1),
-        ]
+        streams = [reading, memory.repeated(generation_config.num_return_sequences or 1)]
         return lockstep.decode_prepared(
             streams, self._combiner(streams, trace), logits_processor, stopping_criteria,
             generation_config, model_kwargs, generator=generator, on_tokens=on_tokens,
@@ -381,14 +378,17 @@ class CKPlug(Steer):
         prompts.check()
         return prompts
 
+    def _read(self, sides: Sides) -> tuple[list[Stream], lockstep.Combine]:
+        streams = [Stream(self.model, ids, mask) for ids, mask in sides]
+        return streams, self._combiner(streams)
+
     def _combiner(
         self, streams: Sequence[Stream], trace: list[tuple[Tensor, ...]] | None = None
     ) -> lockstep.Combine:
         """`combine` that leaves rows without context alone, and records gain and gate."""
         absent = [with_context == alone for with_context, alone in zip(*map(unpadded, streams))]
-        if any(absent):
-            told = f"no context in {sum(absent)} of {len(absent)} prompts: decoded plainly"
-            warnings.warn(told, UserWarning, stacklevel=2)
+        if count := sum(absent):
+            warnings.warn(f"no context in {count} of {len(absent)} prompts: decoded plainly", stacklevel=2)
         plain = torch.tensor(absent, device=streams[0].input_ids.device)
 
         def combine(logits: list[Tensor]) -> Tensor:
