@@ -196,7 +196,9 @@ def confidence_gain(
     a, b = query_ids.flatten().tolist(), context_ids.flatten().tolist()
     shared = next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1])) if x != y), min(len(a), len(b)))
     if shared == 0:
-        raise BadInput("context_ids", b[-3:], f"does not end like {a[-3:]}", "let both end in one question")
+        raise BadInput(
+            "context_ids", b[-3:], f"does not end like query_ids {a[-3:]}", "end both in one question"
+        )
     gains: list[Tensor] = []
 
     def combine(logits: list[Tensor]) -> Tensor:
