@@ -81,8 +81,7 @@ def plausibility_head(logits: Tensor, *, top: int = 10, relative_top: float = 0.
         top: k >= 1; ties with the k-th are all kept.
         relative_top: rho in (0, 1], a ratio of probabilities.
 
-    Returns:
-        `[..., V]` bool.
+    Returns: `[..., V]` bool.
     """
     best = logits.topk(min(top, logits.shape[-1]), dim=-1).values
     threshold = torch.minimum(best[..., -1:], best[..., :1] + math.log(relative_top))
@@ -196,9 +195,8 @@ def confidence_gain(
     a, b = query_ids.flatten().tolist(), context_ids.flatten().tolist()
     shared = next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1])) if x != y), min(len(a), len(b)))
     if shared == 0:
-        raise BadInput(
-            "context_ids", b[-3:], f"does not end like query_ids {a[-3:]}", "end both in one question"
-        )
+        problem = f"does not end like query_ids {a[-3:]}"
+        raise BadInput("context_ids", b[-3:], problem, "let both end in the same question")
     gains: list[Tensor] = []
 
     def combine(logits: list[Tensor]) -> Tensor:
