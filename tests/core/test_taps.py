@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from transfuse.core.errors import BadInput
-from transfuse.core.taps import capture, decoder_layers, match, replace, replay
+from transfuse.core.taps import capture, contiguous_head, decoder_layers, match, replace, replay, watch
 
 ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma3"]
 
@@ -305,3 +305,21 @@ def test_skipped_blocks_show_their_attributes_and_take_tuples():
     assert "blocks.0" in out.tuples
     with replay(stack, "blocks.2", seen["blocks.2"], tupled="blocks.0" in out.tuples):
         assert torch.equal(stack(x), full)
+
+
+def test_the_head_reads_contiguous_states(tiny_lm):
+    model = tiny_lm("llama").requires_grad_(False)
+    ids, read = torch.arange(12).reshape(3, 4) + 3, []
+    head = model.get_output_embeddings()
+    plain = model(ids, logits_to_keep=2).logits
+    with watch(head, lambda given: read.append(given["input"].is_contiguous())):
+        model(ids, logits_to_keep=2)
+        with contiguous_head(model):
+            with watch(head, lambda given: read.append(given["input"].is_contiguous())):
+                torch.testing.assert_close(model(ids, logits_to_keep=2).logits, plain)
+            with pytest.raises(BadInput), contiguous_head(model):
+                match(model, "nothing")
+    assert read == [False, False, True]  # the outer watch sees what the hook before it is given
+    assert not head._forward_pre_hooks
+    with contiguous_head(nn.Linear(2, 2)) as nothing:
+        assert nothing is None

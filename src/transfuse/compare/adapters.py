@@ -144,7 +144,7 @@ class _Adapter(Carrier):
     """
 
     access = ("weights", "training data")
-    effort = 60.0
+    effort = 80.0
 
     def __init__(
         self, *, rank: int = 16, alpha: int = 32, lr: float = 2e-3, epochs: int = 12, rehearsal: float = 0.7,

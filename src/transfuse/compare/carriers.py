@@ -97,7 +97,7 @@ class Carrier(ABC):
         uses_context: Whether it reads extra text when answering.
         reversible: Whether the knowledge can be removed again, exactly.
         method: Slug of the method behind it, if it is one of the catalogue's.
-        effort: Rough seconds on two cores; orders the time estimate only.
+        effort: Rough seconds on one core; the longest begin first.
         shares: Name of work that it leaves for others in `Bench.workshop`; two of one name take turns.
     """
 

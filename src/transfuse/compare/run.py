@@ -119,8 +119,13 @@ def _plans(recipe: Recipe, job: Job) -> list[Plan]:
         except NotApplicable as error:
             refused = str(error)
         plans.append(Plan(cls.name, label, cls, arguments, refused))
-    first = ["none", slug_of(recipe.reference)]  # what all the others are measured against
-    return sorted(plans, key=lambda plan: first.index(plan.uses) if plan.uses in first else len(first))
+    return sorted(plans, key=lambda plan: _rank(plan, recipe))
+
+
+def _rank(plan: Plan, recipe: Recipe) -> int:
+    """What all others are measured against comes first."""
+    first = ["none", slug_of(recipe.reference)]
+    return first.index(plan.uses) if plan.uses in first else len(first)
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -158,10 +163,11 @@ def _run(
             records[plan.label] = _missed(plan, "not applicable", plan.refused)
         elif (found := _finished(job.folder / "carriers" / plan.label, keys[plan.label])) is not None:
             records[plan.label] = found
-    if "none" in records and not (job.folder / "carriers" / "none" / "base.json").is_file():
+    answers = job.folder / "work" / f"base-{keys['none'][:12]}.json"  # what the others are measured against
+    if "none" in records and not answers.is_file():
         del records["none"]
     todo = [plan for plan in plans if plan.label not in records]
-    if any(plan.uses == "none" for plan in todo):  # the others are measured against its answers
+    if any(plan.uses == "none" for plan in todo):
         todo = [plan for plan in plans if plan.refused is None]
         records = {label: r for label, r in records.items() if r["status"] == "not applicable"}
     table = Table(job, [plan.label for plan in plans], quiet=quiet)
@@ -173,6 +179,7 @@ def _run(
             return {
                 "recipe": {**asdict(job.recipe), "carriers": []},
                 "base": str(base),
+                "answers": str(answers),
                 "output": str(job.folder),
                 "carrier": {
                     "uses": plan.uses,
@@ -194,9 +201,10 @@ def _run(
             written = {r["carrier"]: r for r in _write_records(job, plans, records)}
             table.add(written[plan.label])
 
+        # The long ones early, so that no process is left with one at the end.
+        todo.sort(key=lambda plan: (_rank(plan, job.recipe), -plan.cls.effort))
         tasks = [Task(plan.label, plan, plan.cls.effort, plan.cls.shares) for plan in todo]
-        first = 1 if todo and todo[0].uses == "none" else 0  # the others are measured against its answers
-        run_tasks(tasks, first, request, finish, table, log=job.folder / "worker.log", jobs=_jobs(job.recipe))
+        run_tasks(tasks, request, finish, table, log=job.folder / "worker.log", jobs=_jobs(job.recipe))
     done = _write_records(job, plans, records)
     _write_report(job, done, model, raw, time.time() - started)
     table.close(job.folder / "report.html")

@@ -62,8 +62,8 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
     """Load the model, install one carrier, measure it, and write its folder (with `record.json`) atomically.
 
     Args:
-        request: `recipe` (fields), `base` (folder of relative files), `output`, `carrier` (uses, with, label), `key`,
-            `model` (its fingerprint).
+        request: `recipe` (fields), `base` (folder of relative files), `output`, `answers` (file of the untouched
+            model's answers), `carrier` (uses, with, label), `key`, `model` (its fingerprint).
         told: Called with the name of each stage.
 
     Returns:
@@ -72,7 +72,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
     import torch
 
     from ..core.fields import from_mapping
-    from ..core.files import atomic_dir
+    from ..core.files import atomic_dir, atomic_write
     from ..core.generate import check_length
     from ..core.lineage import write_lineage
     from ..core.models import load
@@ -83,7 +83,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
 
     start = time.perf_counter()
     recipe = from_mapping(Recipe, request["recipe"])
-    output = Path(request["output"])
+    output, answers = Path(request["output"]), Path(request["answers"])
     job = read_job(recipe, Path(request["base"]), output)
     spec = request["carrier"]
     carrier = find_carrier(spec["uses"])(**spec["with"])
@@ -105,9 +105,12 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
         if isinstance(carrier, NoCarrier):
             told("base answers")
             base = baseline(job, answerer, tokens)
-            (folder / "base.json").write_text(json.dumps(base), encoding="utf-8")
+            atomic_write(answers, json.dumps(base))
         else:
-            base = json.loads((output / "carriers" / "none" / "base.json").read_text(encoding="utf-8"))
+            told("wait for the base's answers")
+            while not answers.is_file():  # made beside this one; if that fails, all end
+                time.sleep(0.05)
+            base = json.loads(answers.read_text(encoding="utf-8"))
         measured = measure(job, answerer, base, tokens, told)
         record = {
             "carrier": spec["label"],

@@ -38,7 +38,6 @@ class Task:
 
 def run_tasks(
     tasks: Sequence[Task],
-    first: int,
     request: Callable[[Any], Mapping[str, Any]],
     finish: Callable[[Any, dict[str, Any]], None],
     table: Table,
@@ -50,7 +49,6 @@ def run_tasks(
 
     Args:
         tasks: In the order in which they are begun.
-        first: How many of them run before all others, one after another.
         request: What a worker is asked, from a task's plan.
         finish: Called with a task's plan and outcome, one at a time.
         table: Told what begins and at which stage it is.
@@ -60,7 +58,7 @@ def run_tasks(
     Raises:
         Unavailable: a worker's process ended unexpectedly; whatever `finish` raises.
     """
-    pool = _Pool(tasks, first, request, finish, table)
+    pool = _Pool(tasks, request, finish, table)
     jobs = max(1, min(jobs, len(tasks)))
     threads = [
         threading.Thread(target=pool.serve, args=(log, max(1, cores_here() // jobs)), daemon=True)
@@ -92,12 +90,11 @@ class _Pool:
     def __init__(
         self,
         tasks: Sequence[Task],
-        first: int,
         request: Callable[[Any], Mapping[str, Any]],
         finish: Callable[[Any, dict[str, Any]], None],
         table: Table,
     ):
-        self.pending, self.alone = list(tasks), {task.label for task in tasks[:first]}
+        self.pending = list(tasks)
         self.request, self.finish, self.table = request, finish, table
         self.running: dict[str, Task] = {}
         self.workers: list[Worker] = []
@@ -111,9 +108,6 @@ class _Pool:
             while self.pending and not self.stopped:
                 busy = {task.shares for task in self.running.values()} - {None}
                 task = next((t for t in self.pending if t.shares not in busy), None)
-                held = self.alone & ({t.label for t in self.pending} | set(self.running))
-                if held and (self.running or self.pending[0].label not in held):
-                    task = None
                 if task is not None:
                     self.pending.remove(task)
                     self.running[task.label] = task

@@ -79,6 +79,7 @@ class ParametricOwn(_ParametricRAG):
     """Documents as adapters, the prompt alone."""
 
     name, title, mode = "parametric-rag", "Parametric RAG", "parametric"
+    effort = 100.0
 
 
 class ParametricCombine(_ParametricRAG):
@@ -171,18 +172,21 @@ class FTM(_Edited):
     """Fine-tuning of one down-projection on the facts."""
 
     name, title, method = "ft-m", "FT-M", "ft-m"
+    effort = 55.0
 
 
 class ROME(_Edited):
     """Rank-one edits, one fact after another."""
 
     name, title, method = "rome", "ROME", "rome"
+    effort = 130.0
 
 
 class MEMIT(_Edited):
     """All facts at once, spread over several layers."""
 
     name, title, method = "memit", "MEMIT", "memit"
+    effort = 80.0
 
 
 class GRACE(_Edited):

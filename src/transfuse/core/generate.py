@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BadInput
+from .taps import contiguous_head
 
 __all__ = [
     "encode_pair",
@@ -128,10 +129,11 @@ def generate_ids(
         chosen = order[start : start + batch_size]
         ids, mask = pad_batch([rows[i] for i in chosen], pad, side="left", device=model.device)
         check_length(model, ids.shape[1] + max_new_tokens)
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad,
-        )  # fmt: skip
+        with contiguous_head(model):
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                temperature=None, top_p=None, top_k=None, pad_token_id=pad,
+            )  # fmt: skip
         for i, new in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
             length = next((n + 1 for n, token in enumerate(new) if token in ends), len(new))
             found[i] = new[:length]
@@ -176,13 +178,14 @@ def _forced(
         check_length(model, ids.shape[1])
         longest = max(len(pairs[i][1]) for i in chosen)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=longest + 1,
-        )
+        with contiguous_head(model):
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=longest + 1,
+            )
         logits = out.logits[:, :-1].float()  # [b, longest, V]: only the positions that predict a target token
         gold = ids[:, -longest:]
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), gold, reduction="none")

@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import BadInput
 
-__all__ = ["Stopped", "capture", "decoder_layers", "match", "replace", "replay", "watch"]
+__all__ = ["Stopped", "capture", "contiguous_head", "decoder_layers", "match", "replace", "replay", "watch"]
 
 
 class Stopped(Exception):
@@ -189,6 +189,29 @@ def watch(module: nn.Module, function: Callable[[dict[str, Any]], None]) -> Iter
         function(dict(signature.bind_partial(*args, **kwargs).arguments))
 
     handle = module.register_forward_pre_hook(pre, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Hand the output embedding contiguous hidden states; its result does not change.
+
+    `logits_to_keep` cuts the last columns out of `[B, T, d]`, and torch multiplies such a strided view by frozen
+    weights row by row: it copies the whole embedding `[d, V]` for each of the B rows first.
+    """
+    find: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
+    if head is None:
+        yield
+        return
+
+    def pre(module: nn.Module, args: Any) -> Any:
+        return (args[0].contiguous(), *args[1:]) if args else None
+
+    handle = head.register_forward_pre_hook(pre)
     try:
         yield
     finally:
