@@ -14,11 +14,16 @@ import torch
 
 from transfuse import catalogue
 from transfuse.core.errors import NotApplicable
-from transfuse.core.generate import generate_texts
+from transfuse.core.generate import generate_texts, pad_batch
 from transfuse.core.training import generator
 from transfuse.steer._base import Combining, Steer
 
 METHODS = catalogue.methods(family="steer")
+SEARCH = {
+    "ck-plug",
+    "dynamic-logits-fusion",
+    "proxy-tuning",
+}  # these decode through core.lockstep: with beams too
 TESTS = Path(__file__).resolve().parents[1] / "steer"
 
 
@@ -82,8 +87,39 @@ def test_rows_are_combined_one_by_one(case):
     torch.testing.assert_close(whole, rows)
 
 
-def test_modes_for_one_stream_are_refused(case):
+def searched(described, method, inputs, **options):
+    """Answers of a search with three beams; None where the method refuses, which those in SEARCH may not."""
+    try:
+        return method.generate(*inputs, max_new_tokens=10, num_beams=3, **options)
+    except NotApplicable:
+        assert described.slug not in SEARCH
+        return None
+
+
+@pytest.mark.parametrize("options", [{}, {"length_penalty": 2.0, "early_stopping": True}])
+def test_neutral_beams_are_those_of_the_plain_model(described, case, options):
+    model, tokenizer, method, inputs, first = case
+    answers = searched(described, method.neutral(), inputs, **options)
+    ids, mask = pad_batch([tokenizer(text)["input_ids"] for text in first], 0, side="left")
+    plain = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=10, num_beams=3, **options
+    )[:, ids.shape[1] :]
+    texts = [text.lstrip(" ") for text in tokenizer.batch_decode(plain, skip_special_tokens=True)]
+    assert answers in (None, texts)
+
+
+def test_beams_do_not_depend_on_cache_and_batches(described, case):
     _, _, method, inputs, _ = case
-    for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"guidance_scale": 2.0}):
+    answers = searched(described, method, inputs)
+    assert searched(described, method, inputs, use_cache=False) == answers
+    assert searched(described, method, inputs, batch_size=1) == answers
+
+
+def test_modes_that_cannot_be_right_are_refused(case):
+    _, _, method, inputs, _ = case
+    modes = [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 2.0}]
+    if isinstance(method, Combining):
+        modes.append({"num_beams": 2, "do_sample": True})
+    for options in modes:
         with pytest.raises(NotApplicable):
             method.generate(*inputs, max_new_tokens=2, **options)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -181,71 +179,6 @@ def test_local_refuses_what_it_cannot_do(tiny_lm, tiny_tokenizer):
 
 
 # A server.
-
-
-class ChatServer:
-    """Speaks enough of the chat protocol: `plan` holds (status, headers, delay) for the first requests."""
-
-    def __init__(self):
-        self.plan, self.requests, self.times, self.text, self.in_flight, self.most = [], [], [], None, 0, 0
-        self.usage, self.body = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}, None
-        lock, owner = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    owner.requests.append((self.path, self.headers.get("Authorization"), request))
-                    owner.times.append(time.monotonic())
-                    status, headers, delay = owner.plan.pop(0) if owner.plan else (200, {}, 0.0)
-                    owner.in_flight += 1
-                    owner.most = max(owner.most, owner.in_flight)
-                time.sleep(delay)
-                with lock:
-                    owner.in_flight -= 1
-                content = owner.text or f"You said: {request['messages'][-1]['content']}"
-                good = {
-                    "id": "1", "object": "chat.completion", "created": 0, "model": request["model"],
-                    "choices": [{"index": 0, "finish_reason": "stop",
-                                 "message": {"role": "assistant", "content": content}}],
-                    "usage": owner.usage,
-                }  # fmt: skip
-                if owner.body is not None:
-                    answer = owner.body
-                else:
-                    message = headers.pop("message", "no")
-                    answer = json.dumps(good if status == 200 else {"error": {"message": message}}).encode()
-                try:
-                    self.send_response(status)
-                    for name, value in {"Content-Type": "application/json", **headers}.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(answer)))
-                    self.end_headers()
-                    self.wfile.write(answer)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client gave up waiting, as one test wants
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    running = ChatServer()
-    yield running
-    running.close()
 
 
 def test_the_request_is_the_protocol(server, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria, TemperatureLogitsWarper, TopKLogitsWarper
 
-from transfuse.core import lockstep
+from transfuse.core import groups
 from transfuse.core.errors import BadInput, IncompatibleModels, NotApplicable
 from transfuse.core.generate import pad_batch
 from transfuse.core.lockstep import decode, decode_prepared, follow
@@ -104,7 +104,7 @@ def test_caches_of_sliding_windows_are_aligned(tiny_lm):
 def calls(monkeypatch):
     """Shapes (rows, tokens read, positions scored) of every forward pass."""
     seen = []
-    forward = lockstep._Group.forward
+    forward = groups.Group.forward
 
     def counted(self, keep=1):
         before = 0 if self.cache is None else self.ids.shape[1] - 1
@@ -112,7 +112,7 @@ def calls(monkeypatch):
         seen.append((self.ids.shape[0], self.ids.shape[1] - before, logits.shape[1]))
         return logits
 
-    monkeypatch.setattr(lockstep._Group, "forward", counted)
+    monkeypatch.setattr(groups.Group, "forward", counted)
     return seen
 
 
@@ -130,11 +130,14 @@ def test_padding_dearer_than_the_weights_keeps_streams_apart(tiny_lm, calls, mon
     together = decode(streams, blend, max_new_tokens=NEW)
     assert calls[-1] == (2, 1, 1)
     # 47 positions x 4 layers x (keys + values) x 2 heads x 8 numbers x 4 bytes
-    pairs = [lockstep._Group(s, True) for s in streams]
+    pairs = [groups.Group(s, True) for s in streams]
     for group in pairs:
         group.forward()
-    assert lockstep._padding_bytes(lockstep._layer_pairs(*(g.cache for g in pairs))) == 47 * 4 * 2 * 2 * 8 * 4
-    monkeypatch.setattr(lockstep, "_weight_bytes", lambda model: 47 * 4 * 2 * 2 * 8 * 4 - 1)
+    assert groups._padding_bytes(groups._layer_pairs(*(g.cache for g in pairs))) == 47 * 4 * 2 * 2 * 8 * 4
+    given = list(pairs[1].cache.layers)
+    assert pairs[0].absorb(pairs[1]) and pairs[1].cache is None
+    assert all(layer.keys is None and layer.values is None for layer in given)  # nothing is held twice
+    monkeypatch.setattr(groups, "_weight_bytes", lambda model: 47 * 4 * 2 * 2 * 8 * 4 - 1)
     apart = decode(streams, blend, max_new_tokens=NEW)
     assert calls[-2:] == [(1, 1, 1), (1, 1, 1)]
     assert torch.equal(together, apart)
@@ -357,7 +360,6 @@ def test_tokens_that_only_later_streams_know_are_cut_off(tiny_lm):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_beams": 3},
         {"num_beams": 3, "do_sample": True},
         {"prompt_lookup_num_tokens": 4},
         {"guidance_scale": 1.5},
@@ -397,8 +399,8 @@ def test_as_custom_generate(tiny_lm):
     assert banned not in run(do_sample=False, suppress_tokens=[banned])[0, 6:]
     several = run(do_sample=True, num_return_sequences=3, top_k=1)
     assert torch.equal(several, run(do_sample=False).repeat_interleave(3, 0))
-    with pytest.raises(NotApplicable, match="beam_search"):
-        run(num_beams=2)
+    with pytest.raises(NotApplicable, match="beam_sample"):
+        run(num_beams=2, do_sample=True)
     cache = model(ids[:, :-1]).past_key_values
     with pytest.raises(NotApplicable, match="past_key_values"):
         run(past_key_values=cache)

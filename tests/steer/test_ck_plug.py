@@ -395,7 +395,7 @@ def test_bad_input_is_refused_before_decoding(tiny_lm, tiny_tokenizer, monkeypat
         ck_plug_scores(torch.zeros(1, 4), torch.zeros(1, 5))
     with pytest.raises(BadInput, match="top = 0"):
         ck_plug_scores(torch.zeros(1, 4), torch.zeros(1, 4), top=0)
-    for refused in ({"num_return_sequences": 2}, {"assistant_model": model}, {"num_beams": 2}):
+    for refused in ({"num_return_sequences": 2}, {"assistant_model": model}, {"guidance_scale": 2.0}):
         with pytest.raises(NotApplicable):
             method.generate("a", "c", **refused)
     with pytest.raises(BadInput, match="parametric_input_ids"):

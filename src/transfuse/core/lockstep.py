@@ -4,22 +4,26 @@ Each stream keeps its own mask, positions and KV cache. Prompts are read stream 
 prompt beside a long one costs what it costs alone; after that, streams of one model share a single forward
 pass per token, their caches aligned on the right. What the streams say is joined by a `combine` function, and
 only then do the usual processors and warpers of transformers act.
+
+Beams: a prompt is read once and copied to its beams. What is joined is turned into log-probabilities before
+processors and length penalty see it, so that scores that are not normalised (sums and differences of logits)
+are compared fairly between texts of different length.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from .beams import Beams, BeamSettings, Found
 from .errors import BadInput, NotApplicable
-from .streams import Stream, check_generation, checked, vocabulary_of
+from .groups import Group, Reading
+from .streams import DRAWN_BEAMS, Stream, check_generation, checked, distinct, once, vocabulary_of
 
 __all__ = ["Combine", "Followed", "Stream", "decode", "decode_prepared", "follow"]
 
@@ -37,123 +41,6 @@ class Followed(NamedTuple):
 
     predictions: Tensor
     logprobs: Tensor
-
-
-def _accepts(model: PreTrainedModel, name: str) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(inner.forward).parameters
-
-
-class _Group:
-    """Streams of one model that share a forward pass: rows of stream 0, then of stream 1, ..."""
-
-    def __init__(self, stream: Stream, use_cache: bool):
-        self.model, self.ids, mask = stream
-        self.mask: Tensor = torch.ones_like(self.ids) if mask is None else mask
-        self.members, self.use_cache = 1, use_cache
-        self.cache: Any = None
-        self.padded = not bool(self.mask.all())
-        self.takes_positions = _accepts(self.model, "position_ids")
-        self.takes_keep = _accepts(self.model, "logits_to_keep")
-
-    def forward(self, keep: int = 1) -> Tensor:
-        """Logits `[rows, keep, V]` of the last `keep` positions, reading only what is not in the cache."""
-        done = 0 if self.cache is None else self.ids.shape[1] - 1
-        kwargs: dict[str, Any] = {"use_cache": self.use_cache}
-        if self.takes_positions:
-            kwargs["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, done:]
-        if self.takes_keep:
-            kwargs["logits_to_keep"] = keep
-        if self.cache is not None:
-            kwargs["past_key_values"] = self.cache
-        # Without padding no mask is given, as in transformers' own loop: the plain causal kernels are faster.
-        mask = self.mask if self.padded else None
-        output = self.model(input_ids=self.ids[:, done:], attention_mask=mask, **kwargs)
-        self.cache = getattr(output, "past_key_values", None) if self.use_cache else None
-        return output.logits[:, -keep:]
-
-    def append(self, tokens: Tensor) -> None:
-        """Give every stream of the group the tokens `[B]` or `[B, T]` that were chosen."""
-        tokens = tokens if tokens.dim() == 2 else tokens[:, None]
-        tokens = tokens.to(self.ids.device).repeat(self.members, 1)
-        self.ids = torch.cat([self.ids, tokens], dim=1)
-        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
-
-    def absorb(self, other: _Group) -> bool:
-        """Take the streams of `other` into this group, padding the shorter cache on the left.
-
-        Done where it saves time: reading the padding of the cache at every token must cost no more memory
-        traffic than reading the weights a second time. Only caches of plain and sliding-window attention can
-        be aligned.
-        """
-        if self.model is not other.model or self.ids.device != other.ids.device:
-            return False
-        if self.use_cache:
-            pairs = _layer_pairs(self.cache, other.cache)
-            if pairs is None or _padding_bytes(pairs) > _weight_bytes(self.model):
-                return False
-            length = max(self.ids.shape[1], other.ids.shape[1])
-            for ours, theirs in pairs:
-                ours.keys = _stack(ours.keys, theirs.keys, dim=-2)
-                ours.values = _stack(ours.values, theirs.values, dim=-2)
-                if ours.is_sliding:
-                    ours.cumulative_length = length
-        self.padded |= other.padded or self.ids.shape[1] != other.ids.shape[1]
-        self.ids = _stack(self.ids, other.ids, dim=-1)
-        self.mask = _stack(self.mask, other.mask, dim=-1)
-        self.members += other.members
-        return True
-
-
-def _stack(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
-    """Rows of both, zeros put before the shorter of the two along `dim` (negative)."""
-    width = max(first.shape[dim], second.shape[dim])
-    behind = [0, 0] * (-1 - dim)
-    padded = [torch.nn.functional.pad(t, [*behind, width - t.shape[dim], 0]) for t in (first, second)]
-    return torch.cat(padded)
-
-
-def _layer_pairs(first: Any, second: Any) -> list[tuple[Any, Any]] | None:
-    """Matching cache layers, or None where their kind is not one that padding on the left leaves right."""
-    if not (isinstance(first, Cache) and isinstance(second, Cache)) or len(first.layers) != len(
-        second.layers
-    ):
-        return None
-    pairs = list(zip(first.layers, second.layers))
-    for ours, theirs in pairs:
-        if type(ours) is not type(theirs) or type(ours) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            return None
-        if not (ours.is_initialized and theirs.is_initialized):
-            return None
-    return pairs
-
-
-def _padding_bytes(pairs: list[tuple[Any, Any]]) -> int:
-    total = 0
-    for layers in pairs:
-        width = max(layer.keys.shape[-2] for layer in layers)
-        for layer in layers:
-            missing = width - layer.keys.shape[-2]
-            for stored in (layer.keys, layer.values):
-                total += missing * stored[..., 0, :].numel() * stored.element_size()
-    return total
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _grouped(groups: list[_Group]) -> list[tuple[_Group, list[int]]]:
-    """Join the groups that may share a forward pass; each with the numbers of its streams."""
-    joined: list[tuple[_Group, list[int]]] = []
-    for n, group in enumerate(groups):
-        for host, members in joined:
-            if host.absorb(group):
-                members.append(n)
-                break
-        else:
-            joined.append((group, [n]))
-    return joined
 
 
 def _drawn(scores: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -175,12 +62,19 @@ def decode(
     on_tokens: Callable[[Tensor], Any] | None = None,
     on_scores: Callable[[Tensor], Any] | None = None,
     use_cache: bool = True,
+    num_beams: int = 1,
+    num_return_sequences: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
 ) -> Tensor:
     """Choose up to `max_new_tokens` tokens for each row of prompts.
 
     Per step: one forward per model, `combine` over the streams' last logits in float32, the processors (which
     see the first stream's ids as given and what was generated), then argmax or one draw from softmax. A row
     that has emitted an end token receives `pad_token_id` until all rows have ended.
+
+    With beams, `combine` takes and gives `[B * num_beams, V]`, the beams of a row side by side; its scores go
+    through log-softmax before the processors.
 
     Args:
         streams: B prompts each; the first one is what the processors see. Models may differ.
@@ -192,44 +86,44 @@ def decode(
         stopping_criteria: Further criteria, called with the first stream's ids and the step's scores.
         do_sample: Draw instead of taking the best.
         generator: Source of the draws, on the first stream's device; None: the global one.
-        on_tokens: Called after each step with the chosen tokens `[B]` (streaming).
+        on_tokens: Called after each step with the chosen tokens `[B]`; see `core.streaming`.
         on_scores: Called after each step with the processed scores `[B, V]`.
         use_cache: False reads the whole text again at each step: slow, for verification.
+        num_beams: Above 1: beam search, deterministic.
+        num_return_sequences: R, how many of a row's beams are returned.
+        length_penalty: Exponent of the length that a beam's summed log-probabilities are divided by.
+        early_stopping: When a row's search ends, see `core.beams.BeamSettings`.
 
     Returns:
-        `[B, T]` int64, T <= `max_new_tokens`, the new tokens only.
+        `[B, T]` int64, T <= `max_new_tokens`, the new tokens only; with beams `[B * R, T]`, best first.
 
     Raises:
-        BadInput: no stream, unequal rows, an empty prompt, or more tokens than a model has positions.
+        BadInput: no stream, unequal rows, an empty prompt, or more tokens than a model has positions; beam
+            settings out of range.
         IncompatibleModels: a model that scores fewer tokens than the first stream's (more are cut off).
-        NotApplicable: an encoder-decoder model.
+        NotApplicable: an encoder-decoder model; beams that are drawn or streamed.
     """
     if max_new_tokens < 1:
         raise BadInput("max_new_tokens", max_new_tokens, "is not a length", "give 1 or more")
-    device = streams[0].input_ids.device if streams else None
-    groups = [_Group(stream, use_cache) for stream in checked(streams, max_new_tokens)]
-    ends = (
-        []
-        if eos_token_id is None
-        else [eos_token_id]
-        if isinstance(eos_token_id, int)
-        else list(eos_token_id)
-    )
-    end_tokens = torch.tensor(ends, dtype=torch.long, device=device)
+    settings = BeamSettings(num_beams, num_return_sequences, length_penalty, early_stopping)
+    settings.check()
+    ends = _listed(eos_token_id)
     padding = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
-    processors = LogitsProcessorList() if logits_processor is None else logits_processor
+    if num_beams > 1:
+        found = _search(
+            streams, combine, settings, max_new_tokens=max_new_tokens, ends=ends, padding=padding,
+            processors=logits_processor, criteria=stopping_criteria, do_sample=do_sample,
+            on_tokens=on_tokens, on_scores=on_scores, use_cache=use_cache,
+        )  # fmt: skip
+        return found.tokens
+    reading = _reading(streams, max_new_tokens, use_cache=use_cache)
     sequence = streams[0].input_ids
-    prompt_length, unfinished = sequence.shape[1], torch.ones_like(sequence[:, 0], dtype=torch.bool)
-
-    width = vocabulary_of(streams[0].model)
-
-    def last(group: _Group) -> Tensor:
-        return group.forward()[:, -1, :width]
-
-    logits = [last(group).to(device, torch.float32, copy=True) for group in groups]
-    joined = _grouped(groups)
+    end_tokens = torch.tensor(ends, dtype=torch.long, device=sequence.device)
+    prompt_length = sequence.shape[1]
+    processors = LogitsProcessorList() if logits_processor is None else logits_processor
+    unfinished = torch.ones_like(sequence[:, 0], dtype=torch.bool)
     while True:
-        scores = processors(sequence, combine(logits))
+        scores = processors(sequence, combine(reading.logits))
         tokens = _drawn(scores, generator) if do_sample else scores.argmax(-1)
         tokens = torch.where(unfinished, tokens, padding)
         sequence = torch.cat([sequence, tokens[:, None]], dim=1)
@@ -242,11 +136,66 @@ def decode(
             unfinished = unfinished & ~stopping_criteria(sequence, (scores,))
         if sequence.shape[1] - prompt_length >= max_new_tokens or not bool(unfinished.any()):
             return sequence[:, prompt_length:]
-        for group, members in joined:
-            group.append(tokens)
-            parts = last(group).to(device, torch.float32).chunk(len(members))
-            for n, part in zip(members, parts):
-                logits[n] = part
+        reading.advance(tokens, live=unfinished)
+
+
+def _listed(tokens: int | Sequence[int] | None) -> list[int]:
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
+
+
+def _reading(streams: Sequence[Stream], new_tokens: int, *, beams: int = 1, use_cache: bool) -> Reading:
+    """The streams, once checked, with their prompts read; rows that repeat are read once."""
+    read, copies = distinct(checked(streams, new_tokens))
+    device, width = streams[0].input_ids.device, vocabulary_of(streams[0].model)
+    return Reading(read, width=width, device=device, copies=copies * beams, use_cache=use_cache)
+
+
+@torch.no_grad()
+def _search(
+    streams: Sequence[Stream],
+    combine: Combine,
+    settings: BeamSettings,
+    *,
+    max_new_tokens: int,
+    ends: list[int],
+    padding: int,
+    processors: LogitsProcessorList | None,
+    criteria: StoppingCriteriaList | None,
+    do_sample: bool,
+    on_tokens: Any,
+    on_scores: Callable[[Tensor], Any] | None,
+    use_cache: bool,
+) -> Found:
+    """`decode` with beams."""
+    if do_sample:
+        raise NotApplicable("do_sample", True, *DRAWN_BEAMS)
+    if on_tokens is not None:
+        raise NotApplicable(
+            "on_tokens",
+            "set",
+            "cannot follow beams: which text wins shows at the end",
+            "decode without beams",
+        )
+    reading = _reading(streams, max_new_tokens, beams=settings.size, use_cache=use_cache)
+    prompts = streams[0].input_ids
+    beams = Beams(prompts, settings, limit=max_new_tokens, ends=len(ends), padding=padding)
+    end_tokens = torch.tensor(ends, dtype=torch.long, device=prompts.device)
+    while True:
+        scores = combine(reading.logits).log_softmax(-1)
+        scores = scores if processors is None else processors(beams.texts, scores)
+        if on_scores is not None:
+            on_scores(scores)
+
+        def stops(texts: Tensor, scores: Tensor = scores) -> Tensor:
+            stopped = torch.isin(texts[:, -1], end_tokens)
+            if criteria:
+                stopped = stopped | criteria(texts, (scores,))
+            return stopped | (texts.shape[1] - prompts.shape[1] >= max_new_tokens)
+
+        tokens, rows = beams.advance(scores, stops)
+        if beams.over:
+            return beams.found()
+        reading.advance(tokens, rows, live=beams.live)
 
 
 def decode_prepared(
@@ -259,8 +208,13 @@ def decode_prepared(
     *,
     generator: torch.Generator | None = None,
     on_tokens: Callable[[Tensor], Any] | None = None,
-) -> Tensor | GenerateDecoderOnlyOutput:
+) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """`decode` for a `custom_generate` callable: takes what transformers' `generate` prepared and hands over.
+
+    transformers repeats each prompt for `num_return_sequences` or for its beams before it calls; the other
+    streams are to be repeated as often: `stream.repeated(copies(config))`. `combine` gets all those rows, so
+    that settings kept per row fit. What it records per step is in the order of the rows of that step: with
+    beams, `beam_indices` of the output says which row each returned token came from.
 
     Args:
         streams: The first holds the ids and mask given to the callable; the others as many rows.
@@ -271,14 +225,14 @@ def decode_prepared(
         model_kwargs: What else was prepared for the first stream alone; it is not used, only checked.
         generator: As for `decode`.
         on_tokens: As for `decode`. (transformers does not pass its `streamer` on to such callables:
-            `on_tokens=streamer.put` does the same.)
+            `core.streaming.RowStreamers` does the same.)
 
     Returns:
         `[B, T]` prompts and new tokens, or the usual output object if the configuration asks for it.
 
     Raises:
-        NotApplicable: beams, assisted decoding, a cache or other input of the first stream alone.
-        BadInput, IncompatibleModels: as `decode`.
+        NotApplicable: beams that are drawn, assisted decoding, a cache or other input of the first stream alone.
+        BadInput, IncompatibleModels: as `decode`; with beams also streams that are not so repeated.
     """
     check_generation(config)
     for name, value in model_kwargs.items():
@@ -287,25 +241,43 @@ def decode_prepared(
             raise NotApplicable(
                 name, type(value).__name__, "belongs to one stream", "give each stream its token ids and mask"
             )
-    prompt = streams[0].input_ids
-    scores: list[Tensor] = []
-    tokens = decode(
-        streams,
-        combine,
-        max_new_tokens=config.max_length - prompt.shape[1],
-        pad_token_id=None if config._pad_token_tensor is None else int(config._pad_token_tensor),
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        do_sample=bool(config.do_sample),
-        generator=generator,
-        on_tokens=on_tokens,
-        on_scores=scores.append if config.output_scores else None,
-        use_cache=config.use_cache is not False,
+    prompt, scores = streams[0].input_ids, list[Tensor]()
+    limit = config.max_length - prompt.shape[1]
+    padding = None if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
+    on_scores = scores.append if config.output_scores else None
+    use_cache = config.use_cache is not False
+    if (config.num_beams or 1) == 1:
+        tokens = decode(
+            streams, combine, max_new_tokens=limit, eos_token_id=ends, pad_token_id=padding,
+            logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+            do_sample=bool(config.do_sample), generator=generator, on_tokens=on_tokens, on_scores=on_scores,
+            use_cache=use_cache,
+        )  # fmt: skip
+        sequences = torch.cat([prompt, tokens], dim=1)
+        if not config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, scores=tuple(scores) or None)
+    settings = BeamSettings(
+        config.num_beams, config.num_return_sequences, config.length_penalty, config.early_stopping
     )
-    sequences = torch.cat([prompt, tokens], dim=1)
+    settings.check()
+    # transformers' search takes a padding token 0 for none and pads with the first end token: so does this.
+    found = _search(
+        once(streams, config.num_beams), combine, settings, max_new_tokens=limit, ends=ends,
+        padding=padding or (ends[0] if ends else 0), processors=logits_processor, criteria=stopping_criteria,
+        do_sample=False, on_tokens=on_tokens, on_scores=on_scores, use_cache=use_cache,
+    )  # fmt: skip
+    prompts = prompt[:: config.num_beams].repeat_interleave(config.num_return_sequences, dim=0)
+    sequences = torch.cat([prompts, found.tokens], dim=1)
     if not config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=tuple(scores) or None)
+    return GenerateBeamDecoderOnlyOutput(
+        sequences=sequences,
+        sequences_scores=found.scores if config.output_scores else None,
+        scores=tuple(scores) or None,
+        beam_indices=found.rows,
+    )
 
 
 @torch.no_grad()
@@ -346,7 +318,7 @@ def follow(
     processors = LogitsProcessorList() if logits_processor is None else logits_processor
     kept: list[Tensor] = []
     for stream in checked(streams, steps):
-        group = _Group(stream, use_cache=False)
+        group = Group(stream, use_cache=False)
         group.append(forced[:, :-1])
         kept.append(group.forward(steps)[..., : vocabulary_of(streams[0].model)].to(device))
     predictions, logprobs = [], []

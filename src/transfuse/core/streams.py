@@ -11,25 +11,41 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from .errors import BadInput, IncompatibleModels, NotApplicable
+from .remote import BlackBox
 
-__all__ = ["Stream", "check_generation", "check_vocabularies", "checked", "unpadded", "vocabulary_of"]
+__all__ = [
+    "Stream",
+    "check_generation",
+    "check_vocabularies",
+    "checked",
+    "copies",
+    "distinct",
+    "once",
+    "unpadded",
+    "vocabulary_of",
+]
+
+DRAWN_BEAMS = (
+    "with beams draws texts that are neither the likeliest nor fair samples",
+    "sample without beams, or search without sampling",
+)
 
 
 class Stream(NamedTuple):
     """One model reading one batch of prompts.
 
     Attributes:
-        model: A decoder-only language model in eval mode.
+        model: A decoder-only language model in eval mode, or one behind a server.
         input_ids: `[B, T]` int64, padded on either side.
         attention_mask: `[B, T]`, 1 on tokens and 0 on padding; None where nothing is padded.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | BlackBox
     input_ids: Tensor
     attention_mask: Tensor | None = None
 
     def repeated(self, copies: int) -> Stream:
-        """Each row `copies` times over, as transformers' `generate` does for `num_return_sequences`."""
+        """Each row `copies` times over, as transformers' `generate` does; see the function `copies`."""
         mask = self.attention_mask
         mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
         return Stream(self.model, self.input_ids.repeat_interleave(copies, dim=0), mask)
@@ -41,6 +57,48 @@ def unpadded(stream: Stream) -> list[list[int]]:
     if mask is None:
         return ids.tolist()
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
+
+
+def copies(config: GenerationConfig) -> int:
+    """How often transformers' `generate` repeats each prompt before it calls a `custom_generate` callable."""
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
+def once(streams: Sequence[Stream], copies: int) -> list[Stream]:
+    """One row of each prompt that was repeated `copies` times.
+
+    Raises:
+        BadInput: rows that are not so repeated.
+    """
+    found: list[Stream] = []
+    for n, (model, ids, mask) in enumerate(streams):
+        for values in (ids, ids if mask is None else mask):
+            if not torch.equal(values[::copies].repeat_interleave(copies, dim=0), values):
+                raise BadInput(
+                    f"streams[{n}].input_ids",
+                    tuple(ids.shape),
+                    f"is not {copies} rows of each prompt",
+                    "repeat the rows of every stream as transformers does: stream.repeated(copies(config))",
+                )
+        found.append(Stream(model, ids[::copies], None if mask is None else mask[::copies]))
+    return found
+
+
+def distinct(streams: Sequence[Stream]) -> tuple[list[Stream], int]:
+    """Streams without the rows that repeat, and how often each row stood there, side by side.
+
+    Where rows do not repeat equally often in all streams, all are kept.
+    """
+    height = len(streams[0].input_ids)
+    same = torch.ones(height - 1, dtype=torch.bool)  # row i + 1 is row i, in every stream
+    for _, ids, mask in streams:
+        for values in (ids, ids if mask is None else mask):
+            same &= (values[1:] == values[:-1]).all(1).cpu()
+    borders = (~same).nonzero().flatten().tolist()
+    run = borders[0] + 1 if borders else height
+    if height % run or borders != list(range(run - 1, height - 1, run)):
+        return list(streams), 1
+    return once(streams, run), run
 
 
 def check_vocabularies(tokenizers: Sequence[Any]) -> None:
@@ -66,8 +124,10 @@ def check_vocabularies(tokenizers: Sequence[Any]) -> None:
         )
 
 
-def vocabulary_of(model: PreTrainedModel) -> int | None:
+def vocabulary_of(model: PreTrainedModel | BlackBox) -> int | None:
     """How many tokens the model scores; None where its configuration does not say."""
+    if isinstance(model, BlackBox):
+        return model.vocab_size
     return getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
 
 
@@ -79,16 +139,17 @@ def check_generation(config: GenerationConfig) -> None:
     """
     mode = config.get_generation_mode()
     reasons = {
-        GenerationMode.BEAM_SEARCH: "the streams' caches would not follow the beams",
         GenerationMode.ASSISTED_GENERATION: "drafted tokens would be checked against one stream alone",
     }
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    if mode == GenerationMode.BEAM_SAMPLE:
+        raise NotApplicable("generation mode", mode.value, *DRAWN_BEAMS)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH):
         reason = reasons.get(mode, "it selects tokens by looking inside one model")
         raise NotApplicable(
             "generation mode",
             mode.value,
             f"does not work with several streams: {reason}",
-            "decode greedily or sample",
+            "decode greedily, sample or search with beams",
         )
     if config.guidance_scale not in (None, 1, 1.0):
         raise NotApplicable(
@@ -104,6 +165,14 @@ def check_generation(config: GenerationConfig) -> None:
             "cannot hold several streams",
             "leave it out: each stream gets a dynamic cache",
         )
+
+
+def _place(model: PreTrainedModel | BlackBox) -> tuple[int | None, torch.device]:
+    """How many positions the model has, where that is known, and where it is."""
+    if isinstance(model, BlackBox):
+        return model.max_length, model.device
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None), next(model.parameters()).device
 
 
 def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
@@ -150,8 +219,7 @@ def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
                 "is a prompt without tokens",
                 "give each row one token or more",
             )
-        config = model.config.get_text_config(decoder=True)
-        if getattr(model.config, "is_encoder_decoder", False):
+        if not isinstance(model, BlackBox) and getattr(model.config, "is_encoder_decoder", False):
             raise NotApplicable(
                 f"streams[{n}].model",
                 type(model).__name__,
@@ -167,7 +235,7 @@ def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
                     f"scores {scored} tokens where the first stream scores {expected}",
                     "use models that share one vocabulary; only the first may have the fewer tokens",
                 )
-        width, limit = int(lengths.max()), getattr(config, "max_position_embeddings", None)
+        width, (limit, device) = int(lengths.max()), _place(model)
         if limit is not None and width + new_tokens - 1 > limit:  # the last new token is never read
             raise BadInput(
                 name,
@@ -175,7 +243,6 @@ def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
                 f"is more than the {limit} positions of {type(model).__name__}",
                 f"shorten the prompt by {width + new_tokens - 1 - limit} tokens or ask for fewer new ones",
             )
-        device = next(model.parameters()).device
         order = mask.argsort(dim=1, stable=True)[:, -width:]  # padding first, tokens in their order after it
         result.append(Stream(model, ids.gather(1, order).to(device), mask.gather(1, order).to(device)))
     return result

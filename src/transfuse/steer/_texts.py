@@ -173,10 +173,16 @@ def answer(
         further: dict[str, Tensor] = {}
         for name, (other_ids, other_mask) in zip(extra, others, strict=True):
             further |= {f"{name}_input_ids": other_ids, f"{name}_attention_mask": other_mask}
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, custom_generate=method, trace=trace, **further, **options
-        )
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, custom_generate=method, trace=trace,
+            return_dict_in_generate=True, **further, **options,
+        )  # fmt: skip
+        output = getattr(made, "sequences", made)
         recorded = [torch.stack(steps, dim=1).cpu() for steps in zip(*trace)]
+        if (origin := getattr(made, "beam_indices", None)) is not None:
+            # Beams change places: a token's record is in the row that its beam had at that step.
+            steps = torch.arange(origin.shape[1])
+            recorded = [r[origin.cpu().clamp_min(0), steps] for r in recorded]
         for row, i in enumerate(rows):
             tokens = output[row, ids.shape[1] :].cpu()
             ended = torch.isin(tokens, end_ids).nonzero()

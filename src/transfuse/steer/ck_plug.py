@@ -48,7 +48,7 @@ from transformers import (
 
 from transfuse.core import lockstep
 from transfuse.core.errors import BadInput
-from transfuse.core.streams import Stream, unpadded
+from transfuse.core.streams import Stream, copies, unpadded
 from transfuse.steer._base import Combining
 from transfuse.steer._texts import Prompts, Sides, Steered, answer, paired, predict
 
@@ -284,7 +284,7 @@ class CKPlug(Combining):
 
         Raises:
             BadInput: lists that do not pair, an argument out of range, a prompt too long.
-            NotApplicable: beams, assisted decoding and whatever else needs a single stream.
+            NotApplicable: assisted decoding and whatever else needs a single stream.
         """
         prompts = self._prompts()
         pairs = [prompts.encode(q, c) for q, c in paired(queries, "contexts", contexts)]
@@ -362,7 +362,7 @@ class CKPlug(Combining):
             raise BadInput("parametric_input_ids", None, "is missing", "give the prompts without context")
         reading = Stream(model, input_ids, model_kwargs.get("attention_mask"))
         memory = Stream(model, parametric_input_ids, parametric_attention_mask)
-        streams = [reading, memory.repeated(generation_config.num_return_sequences or 1)]
+        streams = [reading, memory.repeated(copies(generation_config))]
         return lockstep.decode_prepared(
             streams, self._combiner(streams, trace), logits_processor, stopping_criteria,
             generation_config, model_kwargs, generator=generator, on_tokens=on_tokens,

@@ -5,6 +5,8 @@
     [answer] = backend.complete(["Name a river."], max_tokens=20)
     [person] = cached(backend, "answers").complete(["Invent a person."], max_tokens=80, schema=SCHEMA)
     person.parsed["name"]
+    [asked] = backend.next_tokens(["The capital of France is"], top=5)   # of a server
+    asked.top                                                            # ((" Paris", -0.1), ...)
 
 A prompt is a plain string (one user message) or a list of `{"role": ..., "content": ...}` messages. With
 `schema`, a JSON schema, the answer comes back parsed; a local model is held to it token by token.

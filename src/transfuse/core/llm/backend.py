@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..errors import BadInput
+from ..errors import BadInput, NotApplicable
 from ..extras import require
 from ..files import sha256_json
 
@@ -33,6 +33,7 @@ class Completion:
         parsed: With a schema: the decoded JSON, or None when the text does not satisfy the schema.
         truncated: The answer ran into `max_tokens`.
         cached: It was read from a cache; nothing was asked.
+        top: From `next_tokens`: the likeliest first tokens with their natural log-probabilities.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Completion:
     parsed: Any = None
     truncated: bool = False
     cached: bool = False
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass
@@ -63,24 +65,38 @@ class Usage:
 
 @dataclass(frozen=True)
 class Options:
-    """What every prompt of one call shares; the arguments of `Backend.complete`, checked."""
+    """What every prompt of one call shares; the arguments of `Backend.complete`, checked.
+
+    `top`, above 0: how many of the likeliest next tokens are asked for, in place of an answer.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     schema: Mapping[str, Any] | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    top: int = 0
 
 
 class Row(NamedTuple):
-    """One prompt of a call. `draw` numbers equal prompts when sampling, so that each gets its own sample."""
+    """One prompt of a call. `draw` numbers equal prompts when sampling, so that each gets its own sample.
 
-    messages: Messages
+    Where next tokens are asked for, `messages` may also be the text to continue, or its token ids.
+    """
+
+    messages: Any
     draw: int = 0
 
 
 class Backend(ABC):
-    """What answers. Subclasses write `identity` and `_answer`; callers use `complete` and `usage`."""
+    """What answers. Subclasses write `identity` and `_answer`; callers use `complete` and `usage`.
+
+    Attributes:
+        usage: What was asked so far.
+        ranks: Whether `next_tokens` can be asked.
+    """
+
+    ranks = False
 
     def __init__(self) -> None:
         self.usage = Usage()
@@ -130,6 +146,35 @@ class Backend(ABC):
             rows.append(Row(messages, seen[key] if options.temperature > 0 else 0))
             seen[key] += 1
         completions = self._answer(rows, options) if rows else []
+        self.usage.add(completions)
+        return completions
+
+    def next_tokens(self, prompts: Sequence[str | list[int] | Messages], *, top: int) -> list[Completion]:
+        """Ask which tokens are likeliest to come next. One token is written for each prompt.
+
+        Args:
+            prompts: Each a text that goes on, its token ids, or messages; a last message of the assistant goes
+                on too, if the server can do that.
+            top: How many tokens, at least 1; servers have limits.
+
+        Returns:
+            One `Completion` per prompt, in order; see its `top`. Tokens are named as the server names them: by
+            their text, by number (`token_id:17`), or by bytes in hexadecimal escapes (after `bytes:`).
+
+        Raises:
+            NotApplicable: a backend that does not tell probabilities.
+            BadInput, Unavailable: as `complete`.
+        """
+        if not self.ranks:
+            remedy = "use a server that speaks the OpenAI protocol"
+            raise NotApplicable("backend", type(self).__name__, "does not tell log-probabilities", remedy)
+        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+            raise BadInput("top", top, "is not a whole number from 1", "give how many tokens are wanted")
+        rows = [
+            Row(_messages(prompt, i) if isinstance(prompt, list) and isinstance(prompt[0], dict) else prompt)
+            for i, prompt in enumerate(prompts)
+        ]
+        completions = self._answer(rows, Options(1, top=top)) if rows else []
         self.usage.add(completions)
         return completions
 

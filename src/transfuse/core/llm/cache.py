@@ -19,6 +19,7 @@ class _Cached(Backend):
     def __init__(self, backend: Backend, folder: Path) -> None:
         super().__init__()
         self.backend, self.folder = backend, folder
+        self.ranks = backend.ranks
 
     @property
     def identity(self) -> str:
@@ -30,6 +31,8 @@ class _Cached(Backend):
             **asdict(options),
             "schema": None if options.schema is None else json.dumps(options.schema),  # its order matters
         }
+        if not options.top:
+            del shared["top"]  # answers have no such field: their names are older than it
         files = []
         for row in rows:
             key = sha256_json({**shared, "messages": row.messages, "draw": row.draw})
@@ -52,6 +55,7 @@ def _stored(file: Path) -> Completion | None:
     try:
         record = json.loads(file.read_bytes())
         record.pop("messages")
+        record["top"] = tuple((str(token), float(value)) for token, value in record.get("top", ()))
         return replace(Completion(**record), cached=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -1,16 +1,18 @@
-"""Any server that speaks the OpenAI chat protocol as a text backend."""
+"""Any server that speaks the OpenAI protocol as a text backend: answers in chats, and likeliest next tokens."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from ..errors import BadInput, Unavailable
 from ..extras import require
-from .backend import Backend, Completion, Messages, Options, Row, completion
+from .backend import Backend, Completion, Options, Row, completion
 
 __all__ = ["OpenAICompatible"]
 
@@ -28,11 +30,14 @@ class OpenAICompatible(Backend):
         timeout: Seconds to wait for one answer.
         retries: Further tries of a failed request.
         concurrency: Requests in flight at one time.
+        extra_body: Further fields of every request, such as vLLM's `{"return_tokens_as_token_ids": True}`.
 
     Raises:
         BadInput: the URL is not one, or the variable is not set.
         MissingExtra: openai is not installed.
     """
+
+    ranks = True
 
     def __init__(
         self,
@@ -43,6 +48,7 @@ class OpenAICompatible(Backend):
         timeout: float = 120.0,
         retries: int = 5,
         concurrency: int = 8,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not re.match(r"https?://[^/\s]+", base_url):
@@ -52,7 +58,7 @@ class OpenAICompatible(Backend):
                 "api_key_env", api_key_env, "is not set in the environment", "export the key in it"
             )
         self.base_url, self.model, self.concurrency = base_url.rstrip("/"), model, concurrency
-        self.api_key_env = api_key_env
+        self.api_key_env, self.extra_body = api_key_env, dict(extra_body or {})
         self._openai = require("openai", extra="serve")
         self._client = self._openai.OpenAI(
             base_url=self.base_url,
@@ -63,8 +69,9 @@ class OpenAICompatible(Backend):
 
     @property
     def identity(self) -> str:
-        """The server's address and the model's name there."""
-        return f"openai:{self.base_url}:{self.model}"
+        """The server's address, the model's name there, and what else every request says."""
+        extra = f":{json.dumps(self.extra_body, sort_keys=True)}" if self.extra_body else ""
+        return f"openai:{self.base_url}:{self.model}{extra}"
 
     def _answer(self, rows: list[Row], options: Options) -> list[Completion]:
         with ThreadPoolExecutor(min(self.concurrency, len(rows))) as pool:
@@ -84,8 +91,18 @@ class OpenAICompatible(Backend):
         if options.schema is not None:
             wanted = {"name": "answer", "schema": options.schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+        chat = isinstance(row.messages, list) and isinstance(row.messages[0], dict)
+        extra = dict(self.extra_body)
+        if options.top and chat:
+            body |= {"logprobs": True, "top_logprobs": options.top}
+            if row.messages[-1]["role"] == "assistant":  # not in the protocol; vLLM's names
+                extra |= {"continue_final_message": True, "add_generation_prompt": False}
+        elif options.top:
+            body["logprobs"] = options.top
+        if extra:
+            body["extra_body"] = extra
         try:
-            return self._read(self._send(row.messages, body), options)
+            return self._read(self._send(row.messages, body, chat), options)
         except self._openai.OpenAIError as error:
             raise self._explained(error) from error
         except json.JSONDecodeError as error:
@@ -94,15 +111,17 @@ class OpenAICompatible(Backend):
     def _no_protocol(self) -> Unavailable:
         return Unavailable(f"{self.base_url} does not speak the chat protocol; check base_url")
 
-    def _send(self, messages: Messages, body: dict[str, Any]) -> Any:
+    def _send(self, prompt: Any, body: dict[str, Any], chat: bool) -> Any:
+        if not chat:
+            return self._client.completions.create(model=self.model, prompt=prompt, **body)
         create = self._client.chat.completions.create
         try:
-            return create(model=self.model, messages=messages, **body)
+            return create(model=self.model, messages=prompt, **body)
         except self._openai.BadRequestError as error:  # newer services know the limit by another name only
             if "max_completion_tokens" not in str(error):
                 raise
             body["max_completion_tokens"] = body.pop("max_tokens")
-            return create(model=self.model, messages=messages, **body)
+            return create(model=self.model, messages=prompt, **body)
 
     def _explained(self, error: Exception) -> Exception:
         """The package's error as ours, with what to do about it."""
@@ -126,10 +145,32 @@ class OpenAICompatible(Backend):
         if not getattr(response, "choices", None):
             raise self._no_protocol()
         choice, usage = response.choices[0], response.usage
-        return completion(
-            choice.message.content or "",
+        read = completion(
+            (choice.message.content if hasattr(choice, "message") else choice.text) or "",
             usage.prompt_tokens if usage else 0,
             usage.completion_tokens if usage else 0,
             choice.finish_reason == "length",
             options,
         )
+        return replace(read, top=_ranking(choice.logprobs)) if options.top else read
+
+
+def _ranking(logprobs: Any) -> tuple[tuple[str, float], ...]:
+    """The likeliest tokens of the first place, in either form of the protocol: a mapping, or a list of records."""
+    fields = logprobs.model_dump() if logprobs else {}
+    if fields.get("content"):
+        return tuple(
+            (_named(entry), float(entry["logprob"])) for entry in fields["content"][0]["top_logprobs"]
+        )
+    places = fields.get("top_logprobs") or [None]
+    return tuple((token, float(value)) for token, value in (places[0] or {}).items())
+
+
+def _named(entry: Mapping[str, Any]) -> str:
+    """A token's name: its number or its bytes, where the server tells them and the text does not say."""
+    if entry.get("id") is not None:  # llama.cpp
+        return f"token_id:{entry['id']}"
+    data = bytes(entry.get("bytes") or ())
+    if not data or data == entry["token"].encode():
+        return str(entry["token"])
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
