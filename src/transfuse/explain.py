@@ -32,8 +32,8 @@ class Parameter:
 
     @property
     def supplied(self) -> bool:
-        """Whether a family's `transfer` fills it in (the model, ...): positional and without default."""
-        return self.positional and self.default is None
+        """Whether a family's `transfer` fills it in (the model, ...): positional, no default, not given by name."""
+        return self.positional and self.default is None and not _is_name(ast.parse(self.annotation).body[0])
 
 
 @dataclass(frozen=True)
@@ -286,6 +286,17 @@ def _described(docstring: str) -> dict[str, str]:
             elif name and line.strip():
                 found[name] += " " + line.strip()
     return found
+
+
+def _is_name(node: ast.AST) -> bool:
+    """Whether an annotation takes text, or a list of texts: as in `recipe`."""
+    if isinstance(node, ast.Expr):
+        return _is_name(node.value)
+    if isinstance(node, ast.BinOp):
+        return _is_name(node.left) or _is_name(node.right)
+    if isinstance(node, ast.Subscript):
+        return ast.unparse(node.value) in ("Sequence", "list", "tuple") and _is_name(node.slice)
+    return isinstance(node, ast.Name) and node.id == "str"
 
 
 def _literal(source: str) -> Any:

@@ -22,19 +22,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from . import catalogue
 from .core.errors import BadInput, NotApplicable
 from .core.fields import (
-    PATHS,
     Node,
     at,
+    beside,
     check_arguments,
     from_mapping,
     hints_of,
     parameters_of,
     suggest,
+    takes_path,
+    takes_text,
     uses_and_with,
 )
 from .core.files import check_writable, sha256_json
@@ -160,8 +162,11 @@ def check(
             raise BadInput(at(where, key), rest[key], "is not a known field", remedy)
     inputs = check_arguments(transfer, rest, where, given=SUPPLIED, resolve=find)
     for name, hint in hints_of(transfer).items():
-        if name in inputs and inputs[name] is not None and _is_path(hint):
+        if name in inputs and inputs[name] is not None and takes_path(hint):
             inputs[name] = _existing(base, inputs[name], at(where, name))
+    for name in _required(method):
+        if inputs.get(name) is None:
+            raise BadInput(at(where, name), None, "is missing", f"{method.slug} reads them: add {name}")
     checked = from_mapping(_Common, common, where)
     model: Any = checked.model
     if isinstance(model, Pruned):
@@ -184,7 +189,7 @@ def _method(value: Any, where: str, base: Path) -> tuple[catalogue.Method, Node]
     """The method of `{uses, with}` (or a bare name) and its checked arguments."""
     name, given = (value, None) if isinstance(value, str) else uses_and_with(value, where)
     place = at(where, "uses")
-    family, _, slug = name.removeprefix("transfuse.").rpartition(".")
+    family, _, slug = name.removeprefix("transfuse.").replace("/", ".").rpartition(".")
     try:
         method = catalogue.find(slug)
     except BadInput as error:
@@ -193,20 +198,16 @@ def _method(value: Any, where: str, base: Path) -> tuple[catalogue.Method, Node]
         raise BadInput(place, name, f"is in {method.family}", f"write {method.family}.{slug}")
     target = catalogue.get(method.slug)
     arguments = check_arguments(target, given, at(where, "with"), given=_supplied(target), resolve=find)
-    for key, hint in hints_of(target).items():
-        if (
-            isinstance(arguments.get(key), (str, Path))
-            and _is_path(hint)
-            and (base / arguments[key]).exists()
-        ):
-            arguments[key] = base / arguments[key]
+    hints = hints_of(target)
+    arguments = {key: beside(base, value, hints.get(key)) for key, value in arguments.items()}
     return method, Node(target, arguments, where)
 
 
 def _supplied(target: Callable[..., Any]) -> list[str]:
-    """Parameters that a family's `transfer` fills in: the positional ones without default (model, ...)."""
-    empty, positional = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [n for n, p in parameters_of(target).items() if p.kind is positional and p.default is empty]
+    """Parameters that `transfer` fills in: positional, without default, of a type that no name can be given for."""
+    hints, kind = hints_of(target), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    found = [n for n, p in parameters_of(target).items() if p.kind is kind and p.default is p.empty]
+    return [name for name in found if not takes_text(hints.get(name))]
 
 
 def find(name: Any, where: str = "uses") -> Any:
@@ -256,11 +257,10 @@ def _transfer(method: catalogue.Method) -> Callable[..., Any]:
     return found
 
 
-def _is_path(hint: Any) -> bool:
-    return any(
-        member in PATHS or getattr(member, "__origin__", None) is os.PathLike
-        for member in get_args(hint) or (hint,)
-    )
+def _required(method: catalogue.Method) -> list[str]:
+    """Which optional arguments of the family's `transfer` this method cannot do without."""
+    needs = getattr(importlib.import_module(f"transfuse.{method.family}"), "needs", None)
+    return [] if needs is None else needs(catalogue.get(method.slug))
 
 
 def _existing(base: Path, value: str | Path, where: str) -> Path:
@@ -376,7 +376,7 @@ def schema() -> dict[str, Any]:
                 "if": {"properties": {"method": uses}, "required": ["method"]},
                 "then": {
                     "properties": {**inputs["properties"], "method": {"properties": {"with": arguments}}},
-                    "required": inputs.get("required", []),
+                    "required": [*inputs.get("required", []), *_required(method)],
                 },
             }
         )

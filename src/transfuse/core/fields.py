@@ -264,6 +264,29 @@ def _takes_mapping(hint: Any) -> bool:
     return (get_origin(hint) or hint) in MAPPINGS
 
 
+def takes_path(hint: Any) -> bool:
+    """Whether a value of this type may be a path."""
+    return any(
+        member in PATHS or getattr(member, "__origin__", None) is os.PathLike
+        for member in get_args(hint) or (hint,)
+    )
+
+
+def beside(base: Path, value: Any, hint: Any) -> Any:
+    """The file or folder of that name in `base`, if the type takes paths and one is there; also in lists."""
+    if isinstance(value, list) and get_origin(hint) in SEQUENCES:
+        return [beside(base, item, get_args(hint)[0]) for item in value]
+    named = isinstance(value, (str, Path)) and takes_path(hint)
+    return base / value if named and (base / value).exists() else value
+
+
+def takes_text(hint: Any) -> bool:
+    """Whether a value of this type may be text, or a list of texts."""
+    if get_origin(hint) in SEQUENCES:
+        return any(takes_text(member) for member in get_args(hint))
+    return str in (get_args(hint) or (hint,))
+
+
 def _is_subclass(target: type, kind: type) -> bool:
     try:
         return issubclass(target, kind)
