@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import time
@@ -41,7 +42,7 @@ class Bench:
         self.settings = {**job.settings, "model": fingerprint}
         self.prompts = Prompts(tokenizer, job.knowledge.kind, job.recipe.chat)
         self._workshop: Path | None = None
-        self._borrowed = 0.0
+        self._borrowed: list[float] = []
 
     def once(self, name: str, make: Callable[[], Any], **arguments: Any) -> Any:
         """What `make()` returns (JSON-able), made by the first carrier that needs it and kept for the others.
@@ -54,7 +55,7 @@ class Bench:
         with locked(file.with_suffix(".lock")):  # a carrier at work beside this one may be making it
             if file.is_file():
                 kept = json.loads(file.read_text(encoding="utf-8"))
-                self._borrowed += kept["seconds"] - (time.perf_counter() - waiting)
+                self._borrowed.append(kept["seconds"] - (time.perf_counter() - waiting))
                 return kept["value"]
             start = time.perf_counter()
             value = make()
@@ -72,7 +73,7 @@ class Bench:
 
     def account(self, seconds: float, peak: int) -> tuple[float, int]:
         """Seconds and peak bytes of an installation, with what it found done: by `once`, in the workshop."""
-        seconds += self._borrowed
+        seconds += sum(self._borrowed)
         if self._workshop is None:
             return seconds, peak
         ledger = self._workshop / "spent.json"
@@ -81,6 +82,13 @@ class Bench:
             seconds, peak = seconds + spent["seconds"], max(peak, spent["peak"])
         atomic_write(ledger, json.dumps({"seconds": seconds, "peak": peak}))
         return seconds, peak
+
+    def beside(self, model: PreTrainedModel, name: str) -> Bench:
+        """The same for another model, called `name`; what it borrows is this one's debt."""
+        other = copy.copy(self)
+        other.model = model
+        other.settings = {**self.settings, "model": f"{self.settings['model']} beside {name}"}
+        return other
 
     def plain(self, **parts: Any) -> Plain:
         """An answerer that reads the bare prompt, on this bench's model unless told otherwise."""
@@ -129,7 +137,7 @@ def carriers() -> dict[str, type[Carrier]]:
     """Every carrier by name, third parties' (entry points `transfuse.carriers`) included."""
     from importlib.metadata import entry_points
 
-    from . import adapters, writers  # noqa: F401  register the carriers that change or extend weights
+    from . import adapters, steering, writers  # noqa: F401  register the carriers that change or extend weights
 
     for entry in entry_points(group="transfuse.carriers"):
         if entry.name not in Carrier.known:
