@@ -41,7 +41,7 @@ $(BIN)/python:
 define install
 @echo "setting up $(VENV) ($(1)); this is done once"
 @$(PIP) install $$(grep '^torch==' constraints.txt)
-@$(PIP) install -c constraints.txt hatchling editables
+@$(PIP) install -c constraints.txt hatchling editables setuptools
 @$(PIP) install --no-build-isolation -c constraints.txt -e '.[$(1)]'
 @touch $@
 endef

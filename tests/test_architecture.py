@@ -40,6 +40,10 @@ OPTIONAL = {
     "jsonschema",
     "matplotlib",
     "jinja2",
+    "pyoxigraph",
+    "hqq",
+    "scipy",
+    "spacy",
 }
 PICKLE = {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "np.load", "numpy.load"}
