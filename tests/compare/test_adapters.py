@@ -12,11 +12,13 @@ from comparison import FACTS
 
 from transfuse.compare.adapters import (
     LoRA,
+    LoRAMoE,
     lesson_rows,
     rehearsal_prompts,
     rehearsal_rows,
     rehearsing_loss,
     states_collator,
+    typed_loss,
     with_states,
 )
 from transfuse.compare.carriers import Bench
@@ -116,6 +118,46 @@ def test_an_untrained_adapter_is_at_the_rehearsal_s_minimum(bench):
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert all(p.grad.abs().max() < 1e-5 for n, p in model.named_parameters() if p.grad is not None)
+
+
+def test_loramoe_balances_lessons_against_rehearsal(bench):
+    """Its loss is the others' plus the balance, lessons being of type 1, in whatever order the rows come."""
+    from transfuse.adapt.loramoe import loramoe, task_types
+
+    names, block = LoRAMoE().targets(bench.model)
+    rows = with_states(bench, rows_of(bench), block)
+    model = loramoe(bench.model, r=2, num_experts=4, target_modules=names, beta=0.5, delta=0.3, dropout=0.0)
+    inside = next(n for n in decoder_layers(model) if n.endswith(block))
+    collate = states_collator(bench.tokenizer)
+    plain = rehearsing_loss(model, collate(rows), 2.0, inside)
+    model.train()
+    with_balance = typed_loss(model, collate(rows), 2.0, inside)
+    kinds = [int(not row["rehearsal"]) for row in rows]
+    with task_types(kinds):
+        rehearsing_loss(model, collate(rows), 2.0, inside)
+    balance = model.base_model.balance
+    assert balance.item() > 0
+    torch.testing.assert_close(with_balance, plain + balance, rtol=1e-4, atol=1e-5)
+    with task_types([1 - kind for kind in kinds]):
+        rehearsing_loss(model, collate(rows), 2.0, inside)
+    assert model.base_model.balance != balance
+    turned = typed_loss(model, collate(rows[::-1]), 2.0, inside)
+    torch.testing.assert_close(turned, with_balance, rtol=1e-4, atol=1e-5)
+
+
+def test_loramoe_is_installed_and_stored(bench, tmp_path):
+    from transfuse.adapt.loramoe import load
+
+    answerer = LoRAMoE(rank=2, epochs=2).install(bench)
+    answers = answerer.generate(["The mayor of Port Ellery is"], 3)
+    answerer.store(tmp_path)
+    assert len(answers) == 1 and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert {p.num_experts for p in answerer.model.peft_config.values()} == {4}
+    back = load(answerer.model.unload(), tmp_path / "adapter")
+    assert bench.plain(model=back).generate(["The mayor of Port Ellery is"], 3) == answers
+    for wrong in ({"experts": 3}, {"delta": 1.5}, {"beta": -1.0}):
+        with pytest.raises(BadInput):
+            LoRAMoE(**wrong).check(bench.knowledge)
 
 
 def test_the_states_do_not_depend_on_the_batch(bench):

@@ -59,6 +59,7 @@ def test_every_carrier_says_what_it_is():
         "ck-plug",
         "lora",
         "kasa",
+        "loramoe",
         "ft-m",
     } < set(found)
     assert {"parametric-rag", "parametric-rag-combine", "rome", "memit", "grace"} < set(found)

@@ -1,6 +1,11 @@
-"""What every adapter holds. Each is found in the catalogue; its own test file says how to make one.
+"""What every PEFT tuner holds (the other adapters: `test_adapt_networks.py`).
 
-`tests/adapt/test_<name>.py` defines `make(base, **options)`: `base` adapted by the method, with a small rank.
+Each is found in the catalogue; its own test file says how to make one.
+
+`tests/adapt/test_<name>.py` defines `make(base, **options)`: `base` adapted by the method, with a small rank. It may
+define `MERGES = False` (merging is then refused, with the reason, and changes nothing), and, for a method that has no
+rank and targets of its own because it composes finished adapters, `ARGUMENTS` (what its signature holds instead) and
+`REFUSED` (options that name a bad argument).
 """
 
 from __future__ import annotations
@@ -15,11 +20,12 @@ import torch
 from peft import PeftModel
 
 from transfuse import catalogue
-from transfuse.core.errors import BadInput, TransfuseError
+from transfuse.adapt import suits
+from transfuse.core.errors import BadInput, NotApplicable, TransfuseError
 from transfuse.core.generate import pad_batch
 from transfuse.core.training import encode_examples, fit
 
-METHODS = catalogue.methods(family="adapt")
+METHODS = [m for m in catalogue.methods(family="adapt") if suits(catalogue.get(m.slug))]
 TESTS = Path(__file__).resolve().parents[1] / "adapt"
 PAIRS = [
     ("The capital of France is", "Paris"),
@@ -44,12 +50,23 @@ def home(described):
 
 
 @pytest.fixture
-def make(described):
+def own(described):
+    """The method's own test file."""
     path = TESTS / f"test_{described.slug.replace('-', '_')}.py"
     spec = importlib.util.spec_from_file_location(f"make_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.make
+    return module
+
+
+@pytest.fixture
+def make(own):
+    return own.make
+
+
+@pytest.fixture
+def merges(own):
+    return getattr(own, "MERGES", True)
 
 
 def state(model):
@@ -75,7 +92,9 @@ def train(model, tokenizer, **options):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_learns_merges_saves_and_loads(home, make, tiny_lm, tiny_tokenizer, tmp_path, architecture):
+def test_it_learns_merges_saves_and_loads(
+    home, make, merges, tiny_lm, tiny_tokenizer, tmp_path, architecture
+):
     rows = [tiny_tokenizer(" ".join(pair))["input_ids"] for pair in PAIRS]
     model = make(tiny_lm(architecture, layers=2))
     assert isinstance(model, PeftModel)
@@ -89,6 +108,12 @@ def test_it_learns_merges_saves_and_loads(home, make, tiny_lm, tiny_tokenizer, t
     assert (tmp_path / "adapter" / "transfuse.json").is_file()
     assert not {p.suffix for p in tmp_path.rglob("*")} & {".bin", ".pt", ".pth", ".pkl"}
 
+    if not merges:
+        for merge in (loaded.merge_and_unload, loaded.merge_adapter):
+            with pytest.raises(NotApplicable, match="merged"):
+                merge()
+        assert all(torch.equal(a, b) for a, b in zip(logits(loaded, rows), found, strict=True))
+        return
     merged = loaded.merge_and_unload()
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(logits(merged, rows), found, strict=True))
     assert not any("lora" in name for name, _ in merged.named_modules())
@@ -125,12 +150,12 @@ def test_batch_and_padding_do_not_matter(make, tiny_lm, tiny_tokenizer):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(together, alone, strict=True))
 
 
-def test_the_base_comes_back(described, home, make, tiny_lm, tiny_tokenizer):
+def test_the_base_comes_back(described, home, make, merges, tiny_lm, tiny_tokenizer):
     """What the catalogue calls reversible is: bit for bit, after training, also when merged."""
     if not described.reversible:
         assert not hasattr(home, "restore")
         return
-    for merge in (False, True):
+    for merge in (False, True) if merges else (False,):
         base = tiny_lm("llama", layers=2)
         before = state(base)
         model = make(base)
@@ -158,7 +183,7 @@ def test_it_generates(make, tiny_lm, tiny_tokenizer):
     assert out.shape == (1, ids.shape[1] + 3)
 
 
-def test_its_signature_is_its_schema(described, home):
+def test_its_signature_is_its_schema(described, home, own):
     """Found under its own name; everything but the model is keyword-only, typed, with a default."""
     function = getattr(home, described.slug.replace("-", "_"))
     first, *rest = inspect.signature(function).parameters.values()
@@ -167,15 +192,17 @@ def test_its_signature_is_its_schema(described, home):
         assert parameter.kind is parameter.KEYWORD_ONLY, parameter.name
         assert parameter.annotation is not parameter.empty, parameter.name
         assert parameter.default is not parameter.empty, parameter.name
-    assert {"r", "target_modules", "seed"} <= {p.name for p in rest}
+    assert {"seed", *getattr(own, "ARGUMENTS", ("r", "target_modules"))} <= {p.name for p in rest}
 
 
-@pytest.mark.parametrize("options", [{"r": 0}, {"r": 10_000}, {"target_modules": ["no_such_layer"]}])
-def test_bad_input_is_named_and_nothing_changes(make, tiny_lm, options):
-    base = tiny_lm("llama", layers=2)
-    before, modules = state(base), [name for name, _ in base.named_modules()]
-    with pytest.raises(BadInput, match=next(iter(options))) as caught:
-        make(base, **options)
-    assert isinstance(caught.value, TransfuseError) and "\n" not in str(caught.value)
-    assert same(state(base), before)
-    assert [name for name, _ in base.named_modules()] == modules
+def test_bad_input_is_named_and_nothing_changes(own, make, tiny_lm):
+    refused = getattr(own, "REFUSED", [{"r": 0}, {"r": 10_000}, {"target_modules": ["no_such_layer"]}])
+    assert refused
+    for options in refused:
+        base = tiny_lm("llama", layers=2)
+        before, modules = state(base), [name for name, _ in base.named_modules()]
+        with pytest.raises(BadInput, match=next(iter(options))) as caught:
+            make(base, **options)
+        assert isinstance(caught.value, TransfuseError) and "\n" not in str(caught.value)
+        assert same(state(base), before)
+        assert [name for name, _ in base.named_modules()] == modules

@@ -1,4 +1,4 @@
-"""Adapters: parameter-efficient tuners that `peft.get_peft_model` accepts."""
+"""Adapters: tuners that `peft.get_peft_model` accepts; prompts and masks for networks of other kinds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["transfer"]
+    from ._kinds import suits
+
+__all__ = ["suits", "transfer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "suits":
+        from ._kinds import suits
+
+        return suits
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def transfer(
@@ -53,7 +63,7 @@ def transfer(
     from ..core.data import read_facts
     from ..core.generate import target_matches
     from ..core.lineage import amend_lineage, input_hash
-    from ..core.training import encode_examples, fit
+    from ..core.training import encode_examples, fit, pad_collator
 
     learnt = read_facts(facts)
     pairs = [
@@ -61,13 +71,15 @@ def transfer(
         for fact in learnt
         for prompt in (fact.prompt, *(fact.paraphrases if paraphrases else ()))
     ]
+    home = sys.modules[getattr(method, "func", method).__module__]
+    collator = getattr(home, "collator", pad_collator)(tokenizer)  # some methods' batches hold more
     adapted = method(model)
     history = fit(
         adapted, encode_examples(tokenizer, pairs), lr=lr, epochs=epochs, batch_size=batch_size,
-        weight_decay=weight_decay, warmup=warmup, seed=seed, output_dir=scratch, save_every=save_every,
+        weight_decay=weight_decay, warmup=warmup, seed=seed, collator=collator, output_dir=scratch,
+        save_every=save_every,
     )  # fmt: skip
     hits = target_matches(adapted, tokenizer, [f.prompt for f in learnt], [f.target for f in learnt])
-    home = sys.modules[getattr(method, "func", method).__module__]
     target: Path = home.save(adapted, output)
     amend_lineage(
         target,

@@ -1,4 +1,4 @@
-"""What adapters share: which layers they sit on, and folders that PEFT can load.
+"""What adapters share: which layers they sit on, new kinds of them in PEFT, and folders that PEFT can load.
 
 An adapter method is a function `method(model, *, r=..., target_modules=..., seed=0) -> PeftModel` beside
 `save` and `load`. What it returns merges and unmerges, trains nothing but its own parameters, and starts
@@ -18,23 +18,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_peft_model_state_dict, register_peft_method, set_peft_model_state_dict
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
+from transfuse.core.errors import BadInput, CorruptFile, IncompatibleModels, NotApplicable
 from transfuse.core.files import atomic_dir, atomic_write, check_writable, read_tensors, write_tensors
 from transfuse.core.lineage import write_lineage
 
 __all__ = [
     "LayerSpectrum",
     "Targets",
+    "Tuner",
+    "base_again",
+    "fill_adapter",
     "layer_spectrum",
     "linear_targets",
+    "new_kind",
     "read_adapter",
+    "refuse_adapted",
+    "register",
     "target_names",
     "task_type",
     "weights_hash",
@@ -44,6 +52,68 @@ __all__ = [
 Targets = str | Sequence[str] | None
 """Names or endings of layers, a regular expression, "all-linear", or None for the architecture's usual
 ones."""
+
+
+def new_kind(name: str) -> PeftType:
+    """The `PeftType` called `name`, made if there is none.
+
+    PEFT's registry takes new methods, but only under names in its enumeration, so the name is put there first.
+    """
+    upper = name.upper()
+    if upper not in PeftType.__members__:
+        kind = str.__new__(PeftType, upper)
+        kind._name_, kind._value_ = upper, upper
+        type.__setattr__(PeftType, upper, kind)
+        PeftType._member_names_.append(upper)
+        PeftType._member_map_[upper] = kind
+        PeftType._value2member_map_[upper] = kind
+    return PeftType(upper)
+
+
+def register(name: str, config: type[PeftConfig], tuner: type[Tuner]) -> None:
+    """Make `get_peft_model` and `PeftModel.from_pretrained` know a kind of adapter; once per process."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if new_kind(name) not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=name, config_cls=config, model_cls=tuner)
+
+
+class Tuner(BaseTuner):
+    """A tuner that remembers which parameters were trained before it came (see `base_again`)."""
+
+    target_module_mapping: Mapping[str, list[str]] = {}
+    trainable_before: set[str] | None = None
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if self.trainable_before is None:
+            self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def refuse_adapted(model: Any) -> None:
+    """Raises BadInput if `model` holds adapters."""
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise BadInput("model", type(model).__name__, "holds adapters already", "give the base model")
+
+
+def base_again(model: PeftModel, kind: type[Tuner]) -> Any:
+    """Take a `Tuner`'s adapters off: the base model as it was, modules trained whole and `requires_grad` included.
+
+    Raises:
+        BadInput: the adapters are of another kind.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, kind):
+        raise BadInput("model", type(model).__name__, "has no such adapters", "pass what the method returned")
+    whole = {
+        n: m.original_module for n, m in tuner.model.named_modules() if isinstance(m, ModulesToSaveWrapper)
+    }
+    base = tuner.unload()
+    for name, module in whole.items():
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, module)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name in (tuner.trainable_before or ()))
+    return base
 
 
 def target_names(model: nn.Module, targets: Targets) -> str | list[str]:
@@ -191,7 +261,9 @@ def write_adapter(
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     base = config.get("base_model_name_or_path")
     with atomic_dir(target) as work:
-        write_tensors(work / "adapter_model.safetensors", get_peft_model_state_dict(model))
+        tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+        # Layers may share a tensor, which safetensors refuses to store twice.
+        write_tensors(work / "adapter_model.safetensors", {name: t.clone() for name, t in tensors.items()})
         atomic_write(
             work / "adapter_config.json", json.dumps({**config, "inference_mode": True}, indent=2) + "\n"
         )
@@ -199,6 +271,25 @@ def write_adapter(
             work, method=method, arguments=arguments, base_model=base or None, summary=summary, usage=usage
         )
     return target
+
+
+def fill_adapter(model: PeftModel, tensors: Mapping[str, torch.Tensor], folder: Any, prefix: str) -> None:
+    """Put an adapter's stored tensors into the model's active adapter.
+
+    Raises:
+        IncompatibleModels: names or shapes differ.
+    """
+    name, remedy = "", "load the base model that it was trained on"
+    try:
+        result = set_peft_model_state_dict(model, dict(tensors))
+        missing = [key for key in result.missing_keys if prefix in key]
+        name = next(iter([*result.unexpected_keys, *missing]), "")
+    except RuntimeError as error:
+        raise IncompatibleModels(
+            "folder", str(folder), "holds tensors of other shapes than this model's", remedy
+        ) from error
+    if name:
+        raise IncompatibleModels("folder", str(folder), f"does not fit the model at {name}", remedy)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -215,7 +306,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
         )
     try:
         config = json.loads((path / "adapter_config.json").read_text())
-        LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"])
+        if config["peft_type"] == "LORA":
+            LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         remedy = "save the adapter again"
         raise CorruptFile(

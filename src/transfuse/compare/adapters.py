@@ -194,6 +194,7 @@ class _Adapter(Carrier):
         bench: Bench,
         adapt: Callable[[Any, list[str]], Any],
         store: Callable[[Any, Path], Any],
+        loss: Callable[[Any, dict[str, torch.Tensor], float, str], torch.Tensor] = rehearsing_loss,
         **options: Any,
     ) -> Answerer:
         """Wrap the bench's model with `adapt(model, layers)`, train on the lessons, and answer with the result."""
@@ -207,7 +208,7 @@ class _Adapter(Carrier):
         inside = next(n for n in decoder_layers(adapted) if n.endswith(block))
         fit(
             adapted, rows, lr=self.lr, epochs=1, batch_size=self.batch_size, warmup=0.05, seed=bench.seed,
-            loss=lambda model, batch: rehearsing_loss(model, batch, self.kl_weight, inside),
+            loss=lambda model, batch: loss(model, batch, self.kl_weight, inside),
             collator=states_collator(bench.tokenizer), **options,
         )  # fmt: skip
         return bench.plain(model=adapted, store=lambda folder: store(adapted, folder / "adapter"))
@@ -271,3 +272,55 @@ class KaSA(_Adapter):
             )  # fmt: skip
 
         return self.teach(bench, adapt, save, extra_loss=kasa_regularizer)
+
+
+def typed_loss(model: Any, batch: dict[str, torch.Tensor], weight: float, block: str) -> torch.Tensor:
+    """`rehearsing_loss` plus LoRAMoE's balance: lessons are world knowledge (type 1), what is rehearsed is not."""
+    from ..adapt.loramoe import balance, task_types
+
+    with task_types(1 - batch["rehearsal"].long()):
+        return rehearsing_loss(model, batch, weight, block) + balance(model)
+
+
+class LoRAMoE(_Adapter):
+    """LoRA experts mixed by routers, trained on the lessons with rehearsal, which get experts of their own.
+
+    Args:
+        rank: Rank of each expert.
+        experts: Experts per layer; an even number, unless `delta` is 0.
+        delta: How far lessons and rehearsal are kept apart.
+        beta: Weight of that balance.
+        alpha, lr, epochs, rehearsal, kl_weight, batch_size, depth, target_modules: As for `lora`.
+    """
+
+    name, title, method = "loramoe", "LoRAMoE", "loramoe"
+
+    def __init__(
+        self, *, rank: int = 4, experts: int = 4, delta: float = 0.1, beta: float = 0.1, alpha: int = 8,
+        lr: float = 2e-3, epochs: int = 12, rehearsal: float = 0.7, kl_weight: float = 2.0, batch_size: int = 8,
+        depth: float = 0.67, target_modules: list[str] | None = None,
+    ):  # fmt: skip
+        super().__init__(
+            rank=rank, alpha=alpha, lr=lr, epochs=epochs, rehearsal=rehearsal, kl_weight=kl_weight,
+            batch_size=batch_size, depth=depth, target_modules=target_modules,
+        )  # fmt: skip
+        self.experts, self.delta, self.beta = experts, delta, beta
+
+    def check(self, knowledge: Knowledge) -> None:
+        """Numbers must be in their ranges."""
+        from ..adapt.loramoe import LoraMoeConfig
+
+        super().check(knowledge)
+        LoraMoeConfig(num_experts=self.experts, blc_alpha=self.delta, blc_weight=self.beta)
+
+    def install(self, bench: Bench) -> Answerer:
+        """Train experts and routers."""
+        from ..adapt.loramoe import loramoe, save
+
+        def adapt(model: Any, layers: list[str]) -> Any:
+            return loramoe(
+                model, r=self.rank, num_experts=self.experts, alpha=self.alpha, target_modules=layers,
+                delta=self.delta, beta=self.beta, dropout=0.0, seed=bench.seed,
+            )  # fmt: skip
+
+        return self.teach(bench, adapt, save, loss=typed_loss)

@@ -123,7 +123,9 @@ def read_lineage(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def input_hash(value: Any) -> str:
-    """SHA-256 of an input: the bytes of a file, the files of a folder (a `Path`), else the JSON value."""
+    """SHA-256 of an input: the bytes of a file, the files of a folder (a `Path`), each of a list, the JSON value."""
+    if isinstance(value, list) and any(isinstance(item, os.PathLike) for item in value):
+        return sha256_json([input_hash(item) for item in value])
     if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
         return sha256_file(value)
     if isinstance(value, os.PathLike) and os.path.isdir(value):

@@ -1,0 +1,209 @@
+"""Bottleneck adapters as PEFT methods: what they add to a layer's output, their tuner, and adapters read as sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from transfuse.adapt._base import Tuner, linear_targets, new_kind, read_adapter, register
+from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
+
+__all__ = [
+    "BottleneckConfig",
+    "BottleneckLinear",
+    "BottleneckModel",
+    "Source",
+    "default_targets",
+    "read_source",
+]
+
+PLACES = {"bert": r".*layer\.\d+\.output\.dense", "roberta": r".*layer\.\d+\.output\.dense"}
+
+
+def default_targets(model: nn.Module) -> str | list[str]:
+    """The last linear layer of each feed-forward block, which the adapter comes after."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    return PLACES.get(kind, ["down_proj"])
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """What `get_peft_model` takes for a bottleneck adapter.
+
+    Attributes:
+        r: Width of the bottleneck.
+        target_modules: Names or endings of the linear layers that adapters come after, or a regular expression.
+        modules_to_save: Further modules to train whole.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = new_kind("bottleneck")
+        if self.r < 1:
+            raise BadInput("r", self.r, "is below 1", "give the width of the bottleneck")
+
+
+class BottleneckLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer with `h + W_up relu(W_down h + b) + c` after it, per adapter."""
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_inner", "bottleneck_up", "bottleneck_outer")
+    bottleneck_down: Any
+    active_adapters: list[str]
+    set_adapter: Callable[..., None]
+    _active_adapter: str | list[str]
+
+    def __init__(self, base_layer: nn.Linear):
+        super().__init__()
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.merged_adapters: list[str] = []
+        self.train(base_layer.training)
+
+    def update_layer(self, name: str, config: BottleneckConfig) -> None:
+        """Add the adapter `name`, which adds nothing yet."""
+        width, like = self.base_layer.out_features, self.base_layer.weight
+        make: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        bound = 1 / math.sqrt(width)
+        values = {
+            "down": torch.empty((config.r, width), **make).uniform_(-bound, bound),
+            "inner": torch.zeros(config.r, **make),
+            "up": torch.zeros((width, config.r), **make),
+            "outer": torch.zeros(width, **make),
+        }
+        for part, value in values.items():
+            getattr(self, f"bottleneck_{part}")[name] = nn.Parameter(value)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output plus what the active adapters make of it."""
+        h = out = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return out
+        for name in self.active_adapters:
+            if name in self.bottleneck_down:
+                down, inner, up, outer = (getattr(self, part)[name] for part in self.adapter_layer_names)
+                hidden = torch.relu(nn.functional.linear(h.to(down.dtype), down, inner))
+                out = out + nn.functional.linear(hidden, up, outer).to(out.dtype)
+        return out
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises NotApplicable."""
+        raise NotApplicable("merge", "bottleneck", "cannot be merged: it is not linear", "keep the adapter")
+
+
+class BottleneckModel(Tuner):
+    """The tuner of bottleneck adapters."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLinear
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(self.model)
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            linear_targets(model, peft_config.target_modules)
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        layer = target
+        if not isinstance(layer, self.tuner_layer_cls):
+            if not isinstance(target, nn.Linear):
+                remedy = "target the layers that the first adapter sits on"
+                raise NotApplicable("target_modules", current_key, "is no linear layer", remedy)
+            layer = self.tuner_layer_cls(target)
+            layer._active_adapter = list(self.active_adapters)
+            self._replace_module(parent, target_name, layer, target)
+        self._update(layer, adapter_name, peft_config, current_key)
+
+    def _update(self, layer: Any, adapter_name: str, config: Any, key: str) -> None:
+        layer.update_layer(adapter_name, config)
+
+
+register("bottleneck", BottleneckConfig, BottleneckModel)
+
+
+@dataclass
+class Source:
+    """One adapter read as a source.
+
+    Attributes:
+        kind: "bottleneck" (reads the layer's output, through a ReLU) or "lora" (reads its input).
+        layers: Layer -> `down` `[r, in]`, `inner` `[r]`, `up` `[d, r]` and `outer` `[d]`, in float32; LoRA's
+            scaling is in `up`, and its `inner` and `outer` are zero.
+    """
+
+    kind: str
+    layers: dict[str, dict[str, torch.Tensor]]
+
+
+def read_source(folder: Any) -> Source:
+    """A saved LoRA or bottleneck adapter.
+
+    Raises:
+        BadInput: no adapter there.
+        CorruptFile: it cannot be read, or holds numbers that are not finite.
+        NotApplicable: an adapter of another kind or variant.
+    """
+    config, tensors = read_adapter(folder)
+    kind = str(config.get("peft_type", "")).lower()
+    used = [
+        name
+        for name in ("use_dora", "lora_bias", "alpha_pattern", "kasa_config", "fan_in_fan_out")
+        if config.get(name)
+    ]
+    if kind not in ("lora", "bottleneck") or used:
+        found = f"is of the kind {kind or 'unknown'}" + (f" with {used[0]}" if used else "")
+        raise NotApplicable("sources", str(folder), found, "give plain LoRA or bottleneck adapters")
+    names = {"lora_A.weight": "down", "lora_B.weight": "up"} if kind == "lora" else {}
+    names |= {f"bottleneck_{part}": part for part in ("down", "inner", "up", "outer")}
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        ending = next((end for end in names if key.endswith("." + end)), None)
+        if ending is None:
+            continue  # a head trained with it
+        if not bool(torch.isfinite(tensor).all()):
+            raise CorruptFile(
+                "sources", str(folder), f"holds numbers that are not finite at {key}", "train it again"
+            )
+        layer = key.removeprefix("base_model.model.").removesuffix("." + ending)
+        layers.setdefault(layer, {})[names[ending]] = tensor.float()
+    if not layers:
+        raise CorruptFile("sources", str(folder), "holds no layer", "save the adapter again")
+    for parts in layers.values():
+        r = parts["down"].shape[0]
+        if kind == "lora":
+            root = math.sqrt(r) if config.get("use_rslora") else r
+            parts["up"] = parts["up"] * (config["lora_alpha"] / root)
+        parts.setdefault("inner", torch.zeros(r))
+        parts.setdefault("outer", torch.zeros(len(parts["up"])))
+    return Source(kind, layers)
+
+
+def same_places(sources: Sequence[Source], folders: Sequence[Any]) -> None:
+    """Raises NotApplicable unless all sources are of one kind and sit on the same layers, equally wide."""
+    first = sources[0]
+    shapes = {name: (p["down"].shape[1], p["up"].shape[0]) for name, p in first.layers.items()}
+    for source, folder in zip(sources, folders, strict=True):
+        own = {name: (p["down"].shape[1], p["up"].shape[0]) for name, p in source.layers.items()}
+        if source.kind != first.kind or own != shapes:
+            problem = f"sits elsewhere than {folders[0]}"
+            raise NotApplicable(
+                "sources", str(folder), problem, "give adapters of one kind on the same layers"
+            )

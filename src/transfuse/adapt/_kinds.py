@@ -1,0 +1,12 @@
+"""The two kinds of adapters: PEFT tuners of language models, and those of other networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["suits"]
+
+
+def suits(target: Any) -> bool:
+    """Whether the family's `transfer` runs a method, given its main object: a function that returns a `PeftModel`."""
+    return "PeftModel" in str(getattr(target, "__annotations__", {}).get("return", ""))
