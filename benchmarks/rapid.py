@@ -6,7 +6,7 @@ timed is decoding after the first tokens; the reading of the prompts is listed b
 plain answer) and at eta = 10. Beyond the model's positions its RoPE is stretched (YaRN), which changes what it says,
 not what a token costs. Prints medians; `--json FILE` writes all figures.
 
-    python benchmarks/rapid.py [--model smollm2-135m] [--lengths 4096 8192 16384] [--tokens 64] [--json FILE]
+    python benchmarks/rapid.py [--model smollm2-135m] [--lengths 4096 8000 16384] [--tokens 64] [--json FILE]
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8000, 16384])
     parser.add_argument("--retrieved", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -104,7 +104,7 @@ def main() -> None:
         f" {'first s':>8}"
     )
     for length in options.lengths:
-        (model, tokenizer), rope = loaded(options.model, length + options.tokens + 256, options.device)
+        (model, tokenizer), rope = loaded(options.model, length + options.tokens + 128, options.device)
         assistant = copy.deepcopy(model)
         assistant.generation_config.update(
             num_assistant_tokens=DRAFTS,

@@ -66,7 +66,7 @@ def test_show(call, spelling):
 
 @pytest.mark.parametrize("method", catalogue.methods(), ids=lambda method: method.slug)
 def test_show_yaml_is_a_recipe(call, method):
-    """With the required files filled in, what `show --yaml` prints passes the recipe's own check."""
+    """With the required files and models filled in, what `show --yaml` prints passes the recipe's own check."""
     code, out, _ = call("show", method.slug, "--yaml")
     assert code == 0
     assert out.startswith(f"# {method.title}")
@@ -77,6 +77,9 @@ def test_show_yaml_is_a_recipe(call, method):
     for name, value in shown.items():
         if value is None and (EXAMPLES / f"{name}.jsonl").is_file():
             shown[name] = str(EXAMPLES / f"{name}.jsonl")
+    for name, value in (shown["method"].get("with") or {}).items():
+        if value is None and f"    {name}:  # required" in out:
+            shown["method"]["with"][name] = ["smollm2-135m"] if name == "experts" else "smollm2-135m"
     checked = recipe.check(shown)
     assert (checked.slug, checked.family) == (method.slug, method.family)
 

@@ -38,8 +38,9 @@ RULE = {
 SEEDS = {"quick": 3, "full": 1}
 NOTES = (
     "A substitute: digits of 8x8 pixels, encoders of four blocks and 64 wide, captions by character. The pretraining "
-    "(rate, epochs, initial scale, one image in four inverted) was chosen on seed 11 by its loss and by zero-shot "
-    "accuracy on plain digits; the whole comparison was then seen once on that seed, and nothing changed after it. "
+    "(rate, epochs, batch, captions, initial scale, one image in four inverted: six variants) was chosen on seed 11 "
+    "by its loss, with zero-shot accuracy on plain and on shifted digits in view; the whole comparison was seen twice "
+    "on that seed, first with an encoder that had collapsed, and nothing changed after the second time. "
     "Prompts use the published optimiser settings. Zero-shot is the plain head without prompts; all other arms share "
     "the fused head and the loss. The first run on the recorded seeds failed the comparison with independent prompts "
     "(IVLP) in two of three seeds, and on average too (by 1.9 points, where one is allowed); nothing was tried or "

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .core.errors import TransfuseError
+from .core.errors import BadInput, TransfuseError
 
 __all__ = ["app", "main"]
 
@@ -154,6 +154,27 @@ def run(recipe: Recipe, output: Output = None) -> None:
         from .report import write_losses
 
         write_losses(folder)
+
+
+@app.command()
+def merge(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yml", help="Ours, or mergekit's.", show_default=False)
+    ],
+    output: Output = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+) -> None:
+    """Merge fine-tunes of one model into a folder that loads: linear, slerp, task arithmetic, TIES, DARE."""
+    from .merge import merge as run_merge
+    from .merge import read_config
+
+    given = read_config(config)
+    named = given.pop("output", None)
+    target = output or named
+    if target is None and not dry_run:
+        raise BadInput("--output", None, "is missing", "give a new folder for the result")
+    made = run_merge(**given, output=target, dry_run=dry_run)
+    print(made if dry_run else f"written to {made}")
 
 
 @app.command()

@@ -21,6 +21,7 @@ from transfuse.core.batches import (
     pad_collator,
     target_logits,
     target_loss,
+    text_rows,
 )
 from transfuse.core.errors import BadInput
 
@@ -355,3 +356,36 @@ def test_grouping_saves_padding():
 
     plain = padding(EpochOrder(1000, seed=0))
     assert padding(EpochOrder(1000, seed=0, lengths=lengths, batch_size=8)) < 0.1 * plain
+
+
+# --- rows from files ---------------------------------------------------------------------------------------
+
+
+def test_text_is_cut_into_blocks(tiny_tokenizer, tmp_path):
+    text = " ".join(["The capital of France is Paris."] * 8)
+    ids = tiny_tokenizer(text)["input_ids"]
+    (tmp_path / "a.txt").write_text(text)
+    found = text_rows(tiny_tokenizer, tmp_path / "a.txt", 16)
+    assert [token for row in found for token in row["input_ids"]] == ids[
+        : sum(len(r["input_ids"]) for r in found)
+    ]
+    assert all(row["labels"] == row["input_ids"] for row in found)
+    assert {len(row["input_ids"]) for row in found[:-1]} == {16}
+    last = len(ids) % 16
+    assert len(found) == len(ids) // 16 + (last >= 2)
+
+
+def test_records_are_text_or_pairs(tiny_tokenizer, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        '{"text": "Spain. Madrid. Paris."}\n{"prompt": "The capital of Spain is", "target": "Madrid"}\n'
+    )
+    pair, text = text_rows(tiny_tokenizer, file, 64)
+    assert pair["labels"][0] == IGNORED and pair["labels"][-1] == tiny_tokenizer.eos_token_id
+    assert text["input_ids"] == tiny_tokenizer("Spain. Madrid. Paris.")["input_ids"]
+    file.write_text('{"question": "x"}\n')
+    with pytest.raises(BadInput, match="neither text nor prompt"):
+        text_rows(tiny_tokenizer, file, 64)
+    (tmp_path / "b.txt").write_text("a")
+    with pytest.raises(BadInput, match="no row of 64"):
+        text_rows(tiny_tokenizer, tmp_path / "b.txt", 64, "held_out")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .data import read_rows
 from .errors import BadInput
 from .generate import encode_pair, pad_batch, pad_id_of
 
@@ -22,6 +25,7 @@ __all__ = [
     "pad_collator",
     "target_logits",
     "target_loss",
+    "text_rows",
 ]
 
 IGNORED = -100
@@ -78,6 +82,46 @@ def encode_examples(
         masked = [IGNORED] * len(before) if loss_on == "target" else before
         examples.append({"input_ids": before + after, "labels": [*masked, *after]})
     return examples
+
+
+def text_rows(
+    tokenizer: Any, source: str | os.PathLike[str], block: int, argument: str = "texts"
+) -> list[dict[str, list[int]]]:
+    """Training rows from a file.
+
+    Args:
+        tokenizer: The tokenizer of the model that learns.
+        source: Plain text (`.txt`), cut into blocks; or records (`.jsonl`, `.json`, `.parquet`) with `text`, each cut
+            into blocks, or with `prompt` and `target`, of which the target is learnt.
+        block: Tokens per block; the end of a text that fills less than an eighth of a block is left out.
+        argument: How messages call the source.
+
+    Raises:
+        BadInput: no such file, another ending, a record without these fields, or no row at all.
+    """
+    path = Path(source)
+    if path.suffix in (".txt", ".md"):
+        texts = [path.read_text(encoding="utf-8")]
+        pairs: list[tuple[str, str]] = []
+    else:
+        texts, pairs = [], []
+        for place, row in read_rows(path, argument):
+            if isinstance(row, dict) and isinstance(row.get("text"), str):
+                texts.append(row["text"])
+            elif isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "target")):
+                pairs.append((row["prompt"], row["target"]))
+            else:
+                raise BadInput(place, row, "has neither text nor prompt and target", "add the field")
+    rows = encode_examples(tokenizer, pairs, max_length=block, truncate=True, end=True) if pairs else []
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        for start in range(0, len(ids), block):
+            piece = ids[start : start + block]
+            if len(piece) >= max(2, block // 8):
+                rows.append({"input_ids": piece, "labels": piece})
+    if not rows:
+        raise BadInput(argument, str(source), f"gives no row of {block} tokens", "give longer texts")
+    return rows
 
 
 def pad_collator(

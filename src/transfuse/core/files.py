@@ -25,6 +25,8 @@ __all__ = [
     "atomic_write",
     "check_writable",
     "disk_guard",
+    "hash_state",
+    "hash_weights",
     "locked",
     "read_tensors",
     "sha256_file",
@@ -177,6 +179,24 @@ def sha256_json(value: Any) -> str:
     """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over the checksums of a model folder's configuration and weight files."""
+    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+    return sha256_json([(p.name, sha256_file(p)) for p in files])
+
+
+def hash_state(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, whatever their order."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
 
 
 def write_tensors(

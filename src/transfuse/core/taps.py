@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,17 @@ from torch import nn
 
 from .errors import BadInput
 
-__all__ = ["Stopped", "capture", "contiguous_head", "decoder_layers", "match", "replace", "replay", "watch"]
+__all__ = [
+    "Stopped",
+    "capture",
+    "contiguous_head",
+    "decoder_layers",
+    "match",
+    "replace",
+    "replay",
+    "skip",
+    "watch",
+]
 
 
 class Stopped(Exception):
@@ -256,15 +266,33 @@ def replay(model: nn.Module, layer: str, hidden: torch.Tensor, *, tupled: bool =
     layers = decoder_layers(model)
     if layer not in layers:
         raise BadInput("layer", layer, "is not a block of the model", f"use {layers[0]!r} ... {layers[-1]!r}")
-    blocks = model.get_submodule(layer.rpartition(".")[0])
+    below = range(layers.index(layer))
+    with skip(model, below, tupled=tupled), replace(model, {layer: lambda _: hidden}, inputs=True):
+        yield
+
+
+@contextlib.contextmanager
+def skip(model: nn.Module, layers: Iterable[int], *, tupled: bool = False) -> Iterator[None]:
+    """Run `model` without some of its blocks: each hands its input on. They leave no entry in a KV cache.
+
+    Args:
+        model: A transformer with a stack of blocks.
+        layers: Numbers of the blocks left out.
+        tupled: The architecture's blocks return tuples (see `tuples` of `capture`).
+
+    Raises:
+        BadInput: a number that no block has.
+    """
+    names, chosen = decoder_layers(model), list(layers)
+    if wrong := [i for i in chosen if not 0 <= i < len(names)]:
+        raise BadInput("layers", wrong, "are not blocks of the model", f"use 0 to {len(names) - 1}")
+    blocks = model.get_submodule(names[0].rpartition(".")[0])
     assert isinstance(blocks, nn.ModuleList)
-    index = layers.index(layer)
-    kept = [blocks[i] for i in range(index)]
+    kept = {i: blocks[i] for i in chosen}
     try:
-        for i in range(index):
-            blocks[i] = _Skip(kept[i], tupled)
-        with replace(model, {layer: lambda _: hidden}, inputs=True):
-            yield
+        for i, block in kept.items():
+            blocks[i] = _Skip(block, tupled)
+        yield
     finally:
-        for i in range(index):
-            blocks[i] = kept[i]
+        for i, block in kept.items():
+            blocks[i] = block
