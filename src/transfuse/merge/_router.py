@@ -1,0 +1,150 @@
+"""A small network that says which task an input is of, from a frozen model's features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..core.batches import minibatches
+from ..core.errors import BadInput
+from ..core.generate import pad_batch, pad_id_of
+from ..core.training import generator, loop, seeded
+
+__all__ = ["Router", "input_batches", "train_router"]
+
+
+class Router(nn.Sequential):
+    """Linear, batch norm, leaky ReLU and dropout, twice; then a linear layer to the tasks.
+
+    Args:
+        width: d, length of a feature vector; hidden layers have 2 d.
+        tasks: T.
+        dropout: Share of hidden values dropped in training.
+    """
+
+    def __init__(self, width: int, tasks: int, *, dropout: float = 0.5):
+        hidden = 2 * width
+
+        def stage(before: int) -> list[nn.Module]:
+            return [nn.Linear(before, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(), nn.Dropout(dropout)]
+
+        super().__init__(*stage(width), *stage(hidden), nn.Linear(hidden, tasks))
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks."""
+        last = self[-1]
+        assert isinstance(last, nn.Linear)
+        return last.out_features
+
+
+def train_router(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    tasks: int,
+    lr: float = 5e-4,
+    epochs: int = 50,
+    batch_size: int = 1024,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> tuple[Router, float]:
+    """Train by cross-entropy with AdamW, its rate falling along a line, and keep the best epoch.
+
+    Args:
+        features: `[N, d]`.
+        labels: int64 `[N]`, numbers of tasks.
+        tasks: T.
+        lr: Learning rate at the start.
+        epochs: Passes over the data.
+        batch_size: Rows per update; fewer where there are fewer.
+        validation: Share of the rows held out to choose the epoch by; 0 keeps the last.
+        seed: Of the initial weights, the held-out rows, the order and dropout.
+
+    Returns:
+        The router in evaluation mode, and its accuracy on the held-out rows (on all, without any).
+
+    Raises:
+        BadInput: fewer than two rows to train on, or arguments out of range.
+    """
+    if not 0 <= validation < 1:
+        raise BadInput(
+            "validation", validation, "is not in [0, 1)", "give the share of rows to hold out, 0.1"
+        )
+    order = torch.randperm(len(labels), generator=generator(seed))
+    held = order[: int(validation * len(labels))]
+    kept = order[len(held) :]
+    if len(kept) < 2:
+        raise BadInput("inputs_by_task", len(labels), "inputs are too few", "give a hundred or more per task")
+    features = features.float()
+    with seeded(seed):
+        router = Router(features.shape[1], tasks)
+    rows = min(batch_size, len(kept))
+    data = {"x": features[kept], "y": labels[kept]}
+    batches = minibatches(data, rows, seed=seed, drop_last=True)  # batch norm cannot take a batch of one
+    per_epoch = len(kept) // rows
+    rule = torch.optim.AdamW(router.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(rule, 1.0, 0.0, total_iters=epochs * per_epoch)
+    chosen = held if len(held) else order
+    best, weights = -1.0, router.state_dict()
+
+    def judge(step: int, _: float) -> None:
+        nonlocal best, weights
+        if step % per_epoch or (not len(held) and step < epochs * per_epoch):
+            return
+        router.eval()
+        with torch.no_grad():
+            right = (router(features[chosen]).argmax(-1) == labels[chosen]).float().mean()
+        router.train()
+        if float(right) > best:
+            best = float(right)
+            weights = {name: tensor.clone() for name, tensor in router.state_dict().items()}
+
+    loop(
+        router, batches, lambda batch: cross_entropy(router(batch["x"]), batch["y"]), optimizer=rule,
+        scheduler=schedule, epochs=epochs, seed=seed, on_step=judge,
+    )  # fmt: skip
+    router.load_state_dict(weights)
+    return router.eval().requires_grad_(False), best
+
+
+def input_batches(
+    inputs: Any, tokenizer: Any, most: int, task: str, rows: int = 64
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Positional and keyword arguments for a model, some rows at a time.
+
+    Args:
+        inputs: A tensor, tensors by name, texts, or token rows.
+        tokenizer: For texts.
+        most: Rows taken, from the first on.
+        task: What messages call them.
+        rows: Per batch.
+
+    Raises:
+        BadInput: something else, or texts without a tokenizer.
+    """
+    where = f"inputs_by_task[{task!r}]"
+    if isinstance(inputs, Tensor):
+        yield from (((part,), {}) for part in inputs[:most].split(rows))
+        return
+    if isinstance(inputs, Mapping):
+        count = min(most, len(next(iter(inputs.values()))))
+        for start in range(0, count, rows):
+            yield (), {name: value[start : min(start + rows, count)] for name, value in inputs.items()}
+        return
+    if isinstance(inputs, str) or not isinstance(inputs, Sequence) or not inputs:
+        raise BadInput(
+            where, type(inputs).__name__, "are no inputs", "give a tensor, tensors by name, or texts"
+        )
+    if isinstance(inputs[0], str) and tokenizer is None:
+        raise BadInput("tokenizer", None, "is missing for texts", "pass the base's tokenizer")
+    chosen = list(inputs[:most])
+    ids = [tokenizer(row)["input_ids"] if isinstance(row, str) else row["input_ids"] for row in chosen]
+    pad = 0 if tokenizer is None else pad_id_of(tokenizer)
+    for start in range(0, len(ids), rows):
+        padded, mask = pad_batch(ids[start : start + rows], pad)
+        yield (), {"input_ids": padded, "attention_mask": mask}

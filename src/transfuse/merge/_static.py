@@ -1,0 +1,141 @@
+"""Static merges, as functions of tensors: sums, arcs, trimming, dropping, electing signs. Float32 throughout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.errors import BadInput
+
+__all__ = [
+    "disjoint_mean",
+    "drop",
+    "generators",
+    "kth_magnitudes",
+    "slerp_coefficients",
+    "task_vectors",
+    "trim",
+    "weighted_sum",
+]
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i x_i in float32, for tensors of one shape and any floating dtypes."""
+    total = torch.empty(tensors[0].shape)
+    scratch = torch.empty_like(total) if len(tensors) > 1 else total
+    total.copy_(tensors[0]).mul_(weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        scratch.copy_(tensor)
+        total.add_(scratch, alpha=weight)
+    return total
+
+
+def task_vectors(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
+    """What each model adds to the base, theta_i - theta_0, in float32."""
+    wide = base.float()
+    return [model.to(torch.float32, copy=True).sub_(wide) for model in models]
+
+
+def slerp_coefficients(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float]:
+    """Factors of two vectors for the point a share `t` along the arc between them.
+
+    Where they are nearly parallel (|cos| > 0.9995), or one is zero, the point on the line: (1 - t, t).
+    """
+    cosine = dot / (norm_a * norm_b) if norm_a > 0 and norm_b > 0 else 1.0
+    if abs(cosine) > 0.9995:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def trim(delta: Tensor, threshold: float) -> Tensor:
+    """`delta` with what is smaller than `threshold` in magnitude set to zero."""
+    below = float(np.nextafter(np.float32(threshold), np.float32(-1)))  # hardshrink keeps what is above
+    return torch.nn.functional.hardshrink(delta, below)
+
+
+def drop(delta: Tensor, density: float, random: torch.Generator, *, rescale: bool = True) -> Tensor:
+    """`delta` with a random share `density` of its elements kept and, with `rescale`, divided by `density`."""
+    if density == 1:
+        return delta
+    kept = torch.where(torch.rand(delta.shape, generator=random) < density, delta, 0)
+    return kept / density if rescale else kept
+
+
+def generators(seed: int, name: str, count: int) -> list[torch.Generator]:
+    """One random source per model for a tensor: each depends on seed, the tensor's name and the model's place."""
+    from ..core.training import generator  # on need: it imports transformers
+
+    keys = [hashlib.sha256(f"{seed}/{i}/{name}".encode()).digest()[:8] for i in range(count)]
+    return [generator(int.from_bytes(key, "big") >> 1) for key in keys]
+
+
+def disjoint_mean(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
+    """Per element, the weighted mean over the deltas whose sign is that of the weighted sum.
+
+    Zeros have no say. Where the sum is zero no sign is elected, and the result is zero.
+
+    Args:
+        deltas: Tensors of one shape, float32.
+        weights: Positive numbers.
+        normalize: Divide by the weights of those that take part; False leaves the sum.
+    """
+    # Masks are kept as numbers: torch is many times slower where dtypes are mixed.
+    elected = weighted_sum(deltas, weights).sign_()
+    total, share = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = torch.mul(delta, elected).sign_().clamp_(min=0)
+        total.addcmul_(delta, agrees, value=weight)
+        share.add_(agrees, alpha=weight)
+    return total.div_(share.clamp_(min=min(weights))) if normalize else total
+
+
+def kth_magnitudes(pieces: Callable[[], Iterable[Sequence[Tensor]]], shares: Sequence[float]) -> list[float]:
+    """For each of several streams of numbers, the k-th largest magnitude, k = max(1, int(share * count)); exact.
+
+    The bits of a float32 magnitude sort like the number, so two histograms of 16 bits each find it: the streams are
+    gone through twice, and no more than one piece is held.
+
+    Args:
+        pieces: The streams side by side, piece by piece; float32.
+        shares: Of each stream, in (0, 1].
+
+    Returns:
+        The magnitudes; 0 for a share of 1 or an empty stream.
+
+    Raises:
+        BadInput: NaN or infinity in a stream.
+    """
+    count = len(shares)
+    upper = torch.zeros(count, 1 << 15, dtype=torch.int64)
+    for piece in pieces():
+        for histogram, numbers in zip(upper, piece, strict=True):
+            bits = numbers.abs().view(-1).view(torch.int32)
+            histogram += torch.bincount(bits >> 16, minlength=1 << 15)
+    if int(upper[:, 0x7F80:].sum()):
+        raise BadInput("models", "NaN or infinity", "cannot be trimmed", "check the models' weights")
+    bins, left = [], []
+    for histogram, share in zip(upper, shares, strict=True):
+        wanted = max(1, int(share * int(histogram.sum())))
+        above = histogram.flip(0).cumsum(0)
+        place = int((above < wanted).sum())
+        bins.append((1 << 15) - 1 - place)
+        left.append(wanted - (int(above[place - 1]) if place else 0))
+    lower = torch.zeros(count, 1 << 16, dtype=torch.int64)
+    for piece in pieces():
+        for histogram, numbers, place in zip(lower, piece, bins, strict=True):
+            bits = numbers.abs().view(-1).view(torch.int32)
+            histogram += torch.bincount(bits[bits >> 16 == place] & 0xFFFF, minlength=1 << 16)
+    found = []
+    for histogram, share, place, wanted in zip(lower, shares, bins, left, strict=True):
+        if share == 1 or not int(histogram.sum()):
+            found.append(0.0)
+            continue
+        low = (1 << 16) - 1 - int((histogram.flip(0).cumsum(0) < wanted).sum())
+        found.append(float(torch.tensor((place << 16) + low, dtype=torch.int32).view(torch.float32)))
+    return found
