@@ -1,0 +1,113 @@
+"""What `transfuse run` does with a conversion: rows from texts, training, figures before and after, the folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transfuse.core.batches import pad_collator, text_rows
+from transfuse.core.datasets import dataset_path
+from transfuse.core.errors import BadInput
+from transfuse.core.lineage import amend_lineage, input_hash
+from transfuse.core.training import fit
+from transfuse.core.workshop import tell
+from transfuse.moe._base import Conversion, save
+
+__all__ = ["learn", "mean_nll"]
+
+TOLD_EVERY = 5.0  # seconds between lines of progress
+
+
+@torch.no_grad()
+def mean_nll(model: Any, rows: list[dict[str, list[int]]], batch_size: int = 4) -> float:
+    """Mean negative log-likelihood per labelled token of training rows, in nats; in evaluation mode."""
+    mode, device = model.training, next(model.parameters()).device
+    model.eval()
+    collate, total, count = pad_collator(0), 0.0, 0
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = {k: v.to(device) for k, v in collate(rows[start : start + batch_size]).items()}
+            labels = batch.pop("labels")[:, 1:].flatten()
+            logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += int((labels != -100).sum())
+    finally:
+        model.train(mode)
+    return total / count
+
+
+def _source(path: os.PathLike[str] | None, name: str | None, argument: str) -> Path:
+    if (path is None) == (name is None):
+        shown = None if path is None else str(path)
+        raise BadInput(argument, shown, "or a data set's name is needed", "give one of the two")
+    return Path(path) if path is not None else dataset_path(str(name))
+
+
+def learn(
+    model: Any,
+    tokenizer: Any,
+    *,
+    method: Any,
+    output: str | os.PathLike[str],
+    texts: os.PathLike[str] | None,
+    dataset: str | None,
+    held_out: os.PathLike[str] | None,
+    held_out_dataset: str | None,
+    scratch: Path | None,
+    seed: int,
+    block: int,
+    epochs: int,
+    max_steps: int | None,
+    max_held_out: int,
+    options: dict[str, Any],
+) -> Path:
+    """The body of `moe.transfer`."""
+    if not isinstance(method, Conversion):
+        raise BadInput("method", type(method).__name__, "is no conversion", "give one, such as FactorLLM()")
+    source = _source(texts, dataset, "texts")
+    rows = text_rows(tokenizer, source, block)
+    if held_out is not None or held_out_dataset is not None:
+        kept = text_rows(tokenizer, _source(held_out, held_out_dataset, "held_out"), block, "held_out")
+    else:
+        cut = max(1, len(rows) // 20)
+        rows, kept = rows[:-cut], rows[-cut:]
+        if not rows:
+            raise BadInput("texts", cut, "row is too little to hold any out", "give more text, or held_out")
+    kept = kept[:max_held_out]
+    before = mean_nll(model, kept)
+    method.convert(model)
+    converted = mean_nll(model, kept)
+    found = {"perplexity_before": math.exp(before), "perplexity_converted": math.exp(converted)}
+    tell(f"held-out perplexity {math.exp(before):.2f}, converted {math.exp(converted):.2f}")
+    if max_steps != 0:
+        length: dict[str, Any] = {"epochs": epochs} if max_steps is None else {"max_steps": max_steps}
+        history = fit(
+            model, rows, loss=method.loss, seed=seed, output_dir=scratch, on_step=_Told(), **length, **options
+        )
+        after = math.exp(mean_nll(model, kept))
+        found |= {"perplexity_after": after, "first_loss": history.losses[0], "last_loss": history.losses[-1]}
+        found |= {"updates": history.steps, "training_seconds": round(history.seconds, 3)}
+        tell(f"held-out perplexity {after:.2f} after {history.steps} updates")
+    target = save(model, output, tokenizer=tokenizer, measurements={**found, **method.measurements(model)})
+    amend_lineage(
+        target, seed=seed, inputs={"texts": str(source)}, input_sha256={"texts": input_hash(source)}
+    )
+    return target
+
+
+class _Told:
+    """A line of progress on standard error every few seconds."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def __call__(self, made: int, of: int, loss: float) -> None:
+        now = time.perf_counter()
+        if now - self.last >= TOLD_EVERY or made == of:
+            self.last = now
+            tell(f"step {made}/{of}, loss {loss:.4f}")
