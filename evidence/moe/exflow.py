@@ -47,12 +47,16 @@ RULE = {
     ),
 }
 SEEDS = {"quick": 3, "full": 3}
-NOTES = ""
+NOTES = (
+    "Profiled on the first four fifths of the tokens, measured on the rest; nothing was tuned. Without affinity the "
+    "placement gains about 2 points on the tokens it was solved for and none on others. `exact` is the optimum for the "
+    "profiled tokens of the planted traces. Full: 1,000 steps in place of the paper-like thousands, so that it fits."
+)
 
 CLUSTER = Topology(gpus_per_node=4)
 TOKENS, PROFILED = 5000, 0.8
 CONTEXT, BATCH, RATE = 64, 8, 2e-3
-FULL_STEPS = 3000
+FULL_STEPS = 1000
 
 Arms = dict[str, dict[str, float]]
 

@@ -43,6 +43,7 @@ class Signature:
     name: str
     kind: str  # "class" or "function"
     parameters: tuple[Parameter, ...]
+    returns: str | None = None
 
 
 def page(slug: str) -> str:
@@ -107,7 +108,7 @@ def recipe(slug: str) -> str:
     own = [p for p in found.parameters if not p.supplied]
     node = [f"uses: {method.slug}", *_block("with", [line for p in own for line in _entry(p)])]
     family = _transfer(method)
-    if family is None or (_chooses(method) and len(own) < len(found.parameters)):
+    if family is None or not _runs(method, found, own):
         return "\n".join(
             [*lines, f"# no single run: call {found.name} from Python, or use it in a comparison", *node]
         )
@@ -133,9 +134,16 @@ def _entry(parameter: Parameter) -> list[str]:
     return [*lines, f"{parameter.name}: {_yaml(value)}  # {parameter.annotation}"]
 
 
-def _chooses(method: Method) -> bool:
-    """Whether the family runs some of its methods only (`suits`): not those that are given models of their own."""
-    return "\ndef suits(" in method.path.with_name("__init__.py").read_text(encoding="utf-8")
+def _runs(method: Method, found: Signature, own: list[Parameter]) -> bool:
+    """Whether the family's `transfer` runs this one of its methods.
+
+    A family that runs some only either names what those return (`RUNS`), or has a function `suits`; then it does not
+    run those that are given models of their own.
+    """
+    text = method.path.with_name("__init__.py").read_text(encoding="utf-8")
+    if wanted := re.search(r'^RUNS = "(\w+)"', text, re.MULTILINE):
+        return found.returns is not None and wanted[1] in found.returns
+    return "\ndef suits(" not in text or len(own) == len(found.parameters)
 
 
 def _transfer(method: Method) -> list[Parameter] | None:
@@ -169,7 +177,8 @@ def signature(method: Method) -> Signature:
     if isinstance(node, ast.ClassDef):
         return Signature(name, "class", tuple(_of_class(node, tree, method.path)))
     assert isinstance(node, ast.FunctionDef)
-    return Signature(name, "function", tuple(_of_function(node, ast.get_docstring(node) or "", tree)))
+    parameters = tuple(_of_function(node, ast.get_docstring(node) or "", tree))
+    return Signature(name, "function", parameters, ast.unparse(node.returns) if node.returns else None)
 
 
 def _exports(tree: ast.Module) -> list[str]:
@@ -310,4 +319,6 @@ def _yaml(value: Any) -> str:
     """A literal on one line; JSON is YAML."""
     if isinstance(value, (set, tuple)):
         value = list(value)
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    # YAML reads 4e-05 as text.
+    return re.sub(r"^(-?\d+)e", r"\1.0e", text) if isinstance(value, float) else text

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["suits", "transfer"]
 
+RUNS = "PeftModel"  # what a function must return for `transfer` to run it
+
 
 def __getattr__(name: str) -> Any:
     if name == "suits":

@@ -148,7 +148,8 @@ def save(
             _write_packed(work, model, plan, rounded, kept)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        home = f"from transfuse.quantize.{slug.replace('-', '_')} import load" if storage == "packed" else ""
+        own = storage == "packed" and plan.backend == "hqq"  # hqq's layers
+        home = f"from transfuse{'.quantize.layerwise_quant' if own else ''} import load"
         write_lineage(
             work,
             method=slug,
@@ -156,9 +157,7 @@ def save(
             measurements=measurements,
             summary=f"Layers rounded to {plan.average_bits:.3g} bits per weight on average ({plan.backend}, "
             f"groups of {plan.group_size}); the bits of each stand in config.json under `{PLAN_KEY}`.",
-            usage=f'{home}\nmodel, tokenizer = load("{target.name}")'.strip()
-            if home
-            else f'import transfuse\nmodel, tokenizer = transfuse.load("{target.name}")',
+            usage=f'{home}\nmodel, tokenizer = load("this folder")',
         )
     return target
 
