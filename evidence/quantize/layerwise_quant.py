@@ -85,17 +85,22 @@ def setting(name: str) -> tuple[Any, torch.Tensor, Any]:
     return model, rows, lambda each: mean_loss(each, held)
 
 
-def tell(figures: Arms, points: Sequence[Point], low: int, name: str = "nll") -> None:
+def tell(figures: Arms, points: Sequence[Point], low: int, prefix: str = "") -> None:
     """Write one point per order into the figures; random orders as their mean, best and worst."""
     drawn = [p for p in points if p.order.startswith("random")]
+    nll, bits = f"{prefix}nll_{low}bit", f"{prefix}bits_{low}bit"
     for p in points:
         if p not in drawn:
-            arm = figures.setdefault(p.order, {})
-            arm[f"{name}_{low}bit"], arm[f"bits_{low}bit"] = p.value, p.average_bits
-    arm = figures.setdefault("random", {})
+            figures.setdefault(p.order, {}).update({nll: p.value, bits: p.average_bits})
     values = [p.value for p in drawn]
-    arm[f"{name}_{low}bit"], arm[f"bits_{low}bit"] = statistics.mean(values), drawn[0].average_bits
-    arm[f"best_{name}_{low}bit"], arm[f"worst_{name}_{low}bit"] = min(values), max(values)
+    figures.setdefault("random", {}).update(
+        {
+            nll: statistics.mean(values),
+            bits: drawn[0].average_bits,
+            f"best_{nll}": min(values),
+            f"worst_{nll}": max(values),
+        }
+    )
 
 
 # --- full --------------------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def full(seed: int) -> Arms:
             model, chosen, judge, steps=[tenths[1], tenths[3], tenths[5]], backend="hqq", **options
         )
         for lowered in (1, 3, 5):
-            tell(figures, [p for p in points if p.lowered == tenths[lowered]], low, f"hqq_nll_{lowered}0")
+            tell(figures, [p for p in points if p.lowered == tenths[lowered]], low, f"hqq_{lowered}0_")
     del model
     gemma(figures, seed)
     return figures

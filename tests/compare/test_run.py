@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,15 +107,29 @@ def test_killed_at_random_moments(recipe, tmp_path):
 def test_interrupt_keeps_what_is_done(recipe, tmp_path):
     path = recipe(carriers=["bm25-context", "lora"])
     process = start(path)
-    seen = []
+    seen = set()
     for line in process.stdout:
-        seen.append(line)
-        if line.startswith("gold-context"):
+        seen.add(line.split(" ")[0])
+        if {"none", "gold-context"} <= seen:
             process.send_signal(signal.SIGINT)
             break
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert [r["carrier"] for r in lines(tmp_path / "out")][:2] == ["none", "gold-context"]
+
+
+def test_what_is_measured_stays_while_the_base_answers_are_there(recipe, tmp_path):
+    path = recipe(carriers=["bm25-context"])
+    records = compare(path, quiet=True)
+    shutil.rmtree(tmp_path / "out" / "carriers" / "none")  # as if interrupted after the others had ended
+    kept = (tmp_path / "out" / "carriers" / "bm25-context" / "record.json").stat().st_mtime_ns
+    again = compare(path, quiet=True)
+    assert [r["carrier"] for r in again] == [r["carrier"] for r in records]
+    assert (tmp_path / "out" / "carriers" / "bm25-context" / "record.json").stat().st_mtime_ns == kept
+    (answers,) = (tmp_path / "out" / "work").glob("base-*.json")
+    answers.unlink()
+    compare(path, quiet=True)
+    assert (tmp_path / "out" / "carriers" / "bm25-context" / "record.json").stat().st_mtime_ns > kept
 
 
 def test_two_comparisons_in_one_folder_are_refused(recipe, tmp_path):

@@ -151,13 +151,13 @@ def test_the_svd_is_the_best_approximation():
 def test_products_are_decomposed_without_the_matrix():
     random = generator(1)
     factors = [(torch.randn(12, k, generator=random), torch.randn(k, 8, generator=random)) for k in (2, 3)]
-    weights = [0.7, -0.3]
-    matrix = sum(w * (a @ b) for w, (a, b) in zip(weights, factors, strict=True))
+    rows = [[0.7, -0.3], [0.0, 1.0], [0.0, 0.0]]
     for rank in (1, 3, 9):
-        u, s, v, kept = product_svd(factors, weights, rank)
-        u2, s2, v2, kept2 = truncated_svd(matrix, min(rank, 5))
-        assert torch.allclose((u * s) @ v.T, (u2 * s2) @ v2.T, atol=1e-4)
-        assert kept == pytest.approx(kept2, abs=1e-5)
+        for weights, (u, s, v, kept) in zip(rows, product_svd(factors, rows, rank), strict=True):
+            matrix = sum(w * (a @ b) for w, (a, b) in zip(weights, factors, strict=True))
+            u2, s2, v2, kept2 = truncated_svd(matrix, min(rank, 5))
+            assert torch.allclose((u * s) @ v.T, (u2 * s2) @ v2.T, atol=1e-4)
+            assert kept == pytest.approx(kept2, abs=1e-5)
 
 
 def test_the_mix_by_a_loop():

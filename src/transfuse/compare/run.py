@@ -167,7 +167,7 @@ def _run(
     if "none" in records and not answers.is_file():
         del records["none"]
     todo = [plan for plan in plans if plan.label not in records]
-    if any(plan.uses == "none" for plan in todo):
+    if not answers.is_file():
         todo = [plan for plan in plans if plan.refused is None]
         records = {label: r for label, r in records.items() if r["status"] == "not applicable"}
     table = Table(job, [plan.label for plan in plans], quiet=quiet)

@@ -49,16 +49,29 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, fl
 
 
 def product_svd(
-    factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], rank: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """`truncated_svd` of sum_i w_i L_i R_i, L_i `[m, k]`, R_i `[k, n]`, without the matrix; r is at most sum k."""
-    left = torch.cat([w * a.double() for w, (a, _) in zip(weights, factors, strict=True)], 1)
+    factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Sequence[float]], rank: int
+) -> list[tuple[Tensor, Tensor, Tensor, float]]:
+    """`truncated_svd` of sum_i w_i L_i R_i for several rows of weights, without any of the matrices.
+
+    The factors are orthogonalised once, which leaves a small matrix to decompose for each row.
+
+    Args:
+        factors: L_i `[m, k_i]` and R_i `[k_i, n]`.
+        weights: Rows of one weight per pair of factors.
+        rank: Directions kept; at most sum k_i.
+    """
+    left = torch.cat([a.double() for a, _ in factors], 1)
     right = torch.cat([b.double() for _, b in factors], 0)
     (q, upper), (p, lower) = torch.linalg.qr(left), torch.linalg.qr(right.T)
-    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    whole, rank = float(s.square().sum()), min(rank, len(s))
-    kept = float(s[:rank].square().sum()) / whole if whole else 1.0
-    return (q @ u[:, :rank]).float(), s[:rank].float(), (p @ vh[:rank].T).float(), kept
+    sizes = torch.tensor([b.shape[0] for _, b in factors])
+    found = []
+    for row in weights:
+        scale = torch.tensor(row, dtype=torch.float64).repeat_interleave(sizes)
+        u, s, vh = torch.linalg.svd(upper * scale @ lower.T, full_matrices=False)
+        whole, count = float(s.square().sum()), min(rank, len(s))
+        kept = float(s[:count].square().sum()) / whole if whole else 1.0
+        found.append(((q @ u[:, :count]).float(), s[:count].float(), (p @ vh[:count].T).float(), kept))
+    return found
 
 
 @dataclass
@@ -141,13 +154,13 @@ class Exclusives:
         factors = [none if pair is None else pair for pair in given]
         shares = [method.scaling * w for w in (method.weights or [1.0] * len(models))]
         count = min(rank_of(self.rank, min(info.shape), self.rounding), sum(b.shape[0] for _, b in factors))
+        rows = [[float(i == j) - share for j, share in enumerate(shares)] for i in range(len(models))]
         found = []
-        for i, (left, right) in enumerate(factors):
-            weights = [float(i == j) - share for j, share in enumerate(shares)]
-            u, s, v, kept = product_svd(factors, weights, count)
+        for i, (u, s, v, kept) in enumerate(product_svd(factors, rows, count)):
+            left, right = (part.double() for part in factors[i])
             found.append((u, s, v))
             self._add(i, 3, s)
-            self.sums[i, 1] += ((left.T.double() @ left.double()) * (right.double() @ right.T.double())).sum()
+            self.sums[i, 1] += ((left.T @ left) * (right @ right.T)).sum()
             self.sums[i, 2] += s.double().square().sum() / max(kept, 1e-300)
         return _stacked(found, info.dtype)
 

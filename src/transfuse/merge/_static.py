@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,31 +112,58 @@ def kth_magnitudes(pieces: Callable[[], Iterable[Sequence[Tensor]]], shares: Seq
     Raises:
         BadInput: NaN or infinity in a stream.
     """
-    count = len(shares)
-    upper = torch.zeros(count, 1 << 15, dtype=torch.int64)
+    upper = [_Histogram(1 << 15) for _ in shares]
     for piece in pieces():
         for histogram, numbers in zip(upper, piece, strict=True):
-            bits = numbers.abs().view(-1).view(torch.int32)
-            histogram += torch.bincount(bits >> 16, minlength=1 << 15)
-    if int(upper[:, 0x7F80:].sum()):
-        raise BadInput("models", "NaN or infinity", "cannot be trimmed", "check the models' weights")
+            histogram.add(_bits(numbers) >> 16)
     bins, left = [], []
     for histogram, share in zip(upper, shares, strict=True):
-        wanted = max(1, int(share * int(histogram.sum())))
-        above = histogram.flip(0).cumsum(0)
-        place = int((above < wanted).sum())
-        bins.append((1 << 15) - 1 - place)
-        left.append(wanted - (int(above[place - 1]) if place else 0))
-    lower = torch.zeros(count, 1 << 16, dtype=torch.int64)
+        counts = histogram.counts()
+        if counts[0x7F80:].any():  # the largest exponent
+            raise BadInput("models", "NaN or infinity", "cannot be trimmed", "check the models' weights")
+        place, rest = _from_above(counts, max(1, int(share * int(counts.sum()))))
+        bins.append(place)
+        left.append(rest)
+    lower = [_Histogram(1 << 16) for _ in shares]
     for piece in pieces():
         for histogram, numbers, place in zip(lower, piece, bins, strict=True):
-            bits = numbers.abs().view(-1).view(torch.int32)
-            histogram += torch.bincount(bits[bits >> 16 == place] & 0xFFFF, minlength=1 << 16)
+            bits = _bits(numbers)
+            histogram.add(bits[bits >> 16 == place] & 0xFFFF)
     found = []
-    for histogram, share, place, wanted in zip(lower, shares, bins, left, strict=True):
-        if share == 1 or not int(histogram.sum()):
-            found.append(0.0)
-            continue
-        low = (1 << 16) - 1 - int((histogram.flip(0).cumsum(0) < wanted).sum())
-        found.append(float(torch.tensor((place << 16) + low, dtype=torch.int32).view(torch.float32)))
+    for histogram, share, place, rest in zip(lower, shares, bins, left, strict=True):
+        low, _ = _from_above(histogram.counts(), rest)
+        bits = np.array((place << 16) + low, dtype=np.int32)
+        found.append(0.0 if share == 1 or place < 0 else float(bits.view(np.float32)))
     return found
+
+
+def _bits(numbers: Tensor) -> Any:
+    """The bits of the magnitudes, int32."""
+    return numbers.abs().reshape(-1).numpy().view(np.int32)
+
+
+def _from_above(counts: Any, wanted: int) -> tuple[int, int]:
+    """The bin that holds the `wanted`-th largest, and its place in there, from 1; (-1, 0) where all are too few."""
+    above = counts[::-1].cumsum()
+    place = int(np.searchsorted(above, wanted))
+    return len(counts) - 1 - place, wanted - (int(above[place - 1]) if place else 0)
+
+
+class _Histogram:
+    """Counts of small whole numbers; they are gathered first, because counting costs as much as there are bins."""
+
+    def __init__(self, bins: int):
+        self._counts, self._waiting, self._filled = np.zeros(bins, np.int64), np.empty(1 << 20, np.uint16), 0
+
+    def add(self, numbers: Any) -> None:
+        for start in range(0, len(numbers), len(self._waiting)):
+            part = numbers[start : start + len(self._waiting)]
+            if self._filled + len(part) > len(self._waiting):
+                self.counts()
+            self._waiting[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+
+    def counts(self) -> Any:
+        self._counts += np.bincount(self._waiting[: self._filled], minlength=len(self._counts))
+        self._filled = 0
+        return self._counts
