@@ -83,19 +83,28 @@ def decode_on_processes(
 
     world = plan.topology.devices
     with tempfile.TemporaryDirectory(prefix="transfuse-") as folder:
-        given = (world, folder, model.cpu(), [list(p) for p in prompts], plan, steps, schedule)
+        # Not the model itself: hooks that it may carry cannot travel.
+        write_tensors(
+            Path(folder) / "model.safetensors", {k: t.clone() for k, t in model.state_dict().items()}
+        )
+        build = (type(model), model.config, model.config._attn_implementation)
+        given = (world, folder, build, [list(p) for p in prompts], plan, steps, schedule)
         processes.spawn(_worker, given, nprocs=world)
         found, facts = read_tensors(Path(folder) / "decoded.safetensors")
     return Decoded(found["logits"], found["tokens"], facts["iterations"], facts["collectives"], facts["sent"])
 
 
-def _worker(rank: int, world: int, folder: str, *rest: Any) -> None:
+def _worker(rank: int, world: int, folder: str, build: tuple[Any, Any, str], *rest: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    kind, config, attention = build
+    model = kind(config)
+    model.load_state_dict(read_tensors(Path(folder) / "model.safetensors")[0])
+    model.set_attn_implementation(attention)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     try:
-        decoder = _Decoder(rank, world, *rest)
+        decoder = _Decoder(rank, world, model.float().eval(), *rest)
         decoder.run(Path(folder) / "decoded.safetensors")
     finally:
         dist.destroy_process_group()
@@ -111,7 +120,7 @@ class _Decoder:
         import torch.distributed as dist
         from transformers import DynamicCache
 
-        self.dist, self.rank, self.world, self.model, self.plan = dist, rank, world, model.eval(), plan
+        self.dist, self.rank, self.world, self.model, self.plan = dist, rank, world, model, plan
         self.prompts, self.steps, self.schedule = prompts, steps, schedule
         model.config._experts_implementation = "eager"
         self.count, self.width = len(prompts), model.config.hidden_size
@@ -121,7 +130,6 @@ class _Decoder:
         for module, devices in zip(expert_modules(model).values(), plan.devices, strict=True):
             away = torch.from_numpy(devices != rank)
             for parameter in module.parameters():
-                parameter.data = parameter.data.clone()  # the processes share the model's memory
                 parameter.data[away] = torch.nan
 
     def home(self, row: int) -> int:
