@@ -22,6 +22,7 @@ from transfuse.core.batches import (
     target_logits,
     target_loss,
     text_rows,
+    text_split,
 )
 from transfuse.core.errors import BadInput
 
@@ -389,3 +390,18 @@ def test_records_are_text_or_pairs(tiny_tokenizer, tmp_path):
     (tmp_path / "b.txt").write_text("a")
     with pytest.raises(BadInput, match="no row of 64"):
         text_rows(tiny_tokenizer, tmp_path / "b.txt", 64, "held_out")
+
+
+def test_rows_to_measure_on_are_not_learnt(tiny_tokenizer, tmp_path):
+    words = [f"word {i} of a text" for i in range(400)]
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    (tmp_path / "b.txt").write_text(" ".join(words[::-1]))
+    whole = text_rows(tiny_tokenizer, tmp_path / "a.txt", 16)
+    assert len(whole) > 40
+    rows, kept = text_split(tiny_tokenizer, tmp_path / "a.txt", None, 16, 100)
+    assert rows + kept == whole and len(kept) == len(whole) // 20
+    rows, kept = text_split(tiny_tokenizer, tmp_path / "a.txt", tmp_path / "b.txt", 16, 3)
+    assert rows == whole and kept == text_rows(tiny_tokenizer, tmp_path / "b.txt", 16)[:3]
+    (tmp_path / "c.txt").write_text("one row")
+    with pytest.raises(BadInput, match="texts = 1 row is too little"):
+        text_split(tiny_tokenizer, tmp_path / "c.txt", None, 16, 3)

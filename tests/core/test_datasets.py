@@ -160,3 +160,13 @@ def test_places(server, tmp_path, monkeypatch):
     (tmp_path / NAME).write_bytes(BODY)
     assert place() == os.fspath(tmp_path / NAME)
     assert next(r["place"] for r in datasets_table() if r["name"] == "cifar10-test.parquet") == "folder only"
+
+
+def test_a_file_or_a_name_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "dataset_path", lambda name: tmp_path / name)
+    file = tmp_path / "mine.txt"
+    assert datasets.file_or_dataset(file, None, "texts") == file
+    assert datasets.file_or_dataset(None, NAME, "texts") == tmp_path / NAME
+    for path, name, problem in ((None, None, "is missing"), (file, NAME, "both given")):
+        with pytest.raises(BadInput, match=f"^held_out = .*{problem}"):
+            datasets.file_or_dataset(path, name, "held_out")

@@ -26,6 +26,7 @@ __all__ = [
     "target_logits",
     "target_loss",
     "text_rows",
+    "text_split",
 ]
 
 IGNORED = -100
@@ -122,6 +123,25 @@ def text_rows(
     if not rows:
         raise BadInput(argument, str(source), f"gives no row of {block} tokens", "give longer texts")
     return rows
+
+
+def text_split(
+    tokenizer: Any, texts: Path, held_out: Path | None, block: int, limit: int
+) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """Rows to learn from and at most `limit` to measure on, see `text_rows`.
+
+    Without a file of their own, the latter are the last twentieth of the rows, which is then not learnt.
+
+    Raises:
+        BadInput: as `text_rows`; too little text to hold any out.
+    """
+    rows = text_rows(tokenizer, texts, block)
+    if held_out is not None:
+        return rows, text_rows(tokenizer, held_out, block, "held_out")[:limit]
+    cut = max(1, len(rows) // 20)
+    if len(rows) <= cut:
+        raise BadInput("texts", cut, "row is too little to hold any out", "give more text, or held_out")
+    return rows[:-cut], rows[-cut:][:limit]
 
 
 def pad_collator(

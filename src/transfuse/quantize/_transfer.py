@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..core.datasets import dataset_path
+from ..core.datasets import file_or_dataset
 from ..core.errors import BadInput
 from ..core.files import atomic_write
 from ..core.lineage import amend_lineage, input_hash
@@ -42,13 +42,13 @@ def quantize(
         raise BadInput(
             "method", type(method).__name__, "is no quantizer", "give one, such as LayerwiseQuant()"
         )
-    used = {"texts": _source(texts, dataset, "texts")}
+    used = {"texts": file_or_dataset(texts, dataset, "texts")}
     calibration = "\n\n".join(read_texts(used["texts"], "texts"))
     if held_out is None and held_out_dataset is None:
         at, named = int(0.8 * len(calibration)), "texts"
         calibration, judged = calibration[:at], calibration[at:]
     else:
-        used["held_out"] = _source(held_out, held_out_dataset, "held_out")
+        used["held_out"] = file_or_dataset(held_out, held_out_dataset, "held_out")
         judged, named = "\n\n".join(read_texts(used["held_out"], "held_out")), "held_out"
     ids = tokenizer(judged, add_special_tokens=False, verbose=False)["input_ids"][:held_out_tokens]
     if len(ids) < FEWEST:
@@ -76,13 +76,6 @@ def quantize(
         input_sha256={name: input_hash(path) for name, path in used.items()},
     )
     return target
-
-
-def _source(path: str | os.PathLike[str] | None, name: str | None, argument: str) -> Path:
-    if (path is None) == (name is None):
-        problem = "is missing" if path is None else f"and a data set ({name}) are both given"
-        raise BadInput(argument, path, problem, f"give {argument}, or a data set by name")
-    return Path(path) if path is not None else dataset_path(str(name))
 
 
 def _forms(plan: BitPlan) -> dict[str, Any]:
