@@ -15,7 +15,7 @@ from .job import Job, Knowledge
 
 __all__ = ["answered", "baseline", "measure"]
 
-TIMED = 8  # answers timed one by one
+TIMED = 5  # answers timed one by one
 KNOWN = 40  # facts known before that are asked again
 CONTINUED = 4  # tokens of the base's own answers that must stay
 
