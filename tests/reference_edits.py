@@ -10,6 +10,8 @@ import math
 
 import torch
 
+KEY, VALUE, STATE = range(3)  # of a trace: the down-projection's input, its output, the block's output
+
 
 def llama(weights, config, ids, change=None, trace=None):
     """Logits `[T, V]` of a Llama. `change` = (block, token, vector); `trace` collects keys and values."""
@@ -40,7 +42,7 @@ def llama(weights, config, ids, change=None, trace=None):
         h = norm(x, f"{at}.post_attention_layernorm.weight")
         gate = h @ weights[f"{at}.mlp.gate_proj.weight"].T
         key = gate / (1 + torch.exp(-gate)) * (h @ weights[f"{at}.mlp.up_proj.weight"].T)
-        x = x + written(key, key @ weights[f"{at}.mlp.down_proj.weight"].T, block, change, trace)
+        x = written(x, key, key @ weights[f"{at}.mlp.down_proj.weight"].T, block, change, trace)
     return norm(x, "model.norm.weight") @ weights["lm_head.weight"].T
 
 
@@ -63,7 +65,7 @@ def gpt2(weights, config, ids, change=None, trace=None):
         x = x + conv(attention(q, k, v, 1), f"{at}.attn.c_proj")
         h = conv(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc")
         key = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-        x = x + written(key, conv(key, f"{at}.mlp.c_proj"), block, change, trace)
+        x = written(x, key, conv(key, f"{at}.mlp.c_proj"), block, change, trace)
     return norm(x, "transformer.ln_f") @ weights["transformer.wte.weight"].T
 
 
@@ -78,12 +80,12 @@ def attention(q, k, v, share):
     return torch.cat(heads, -1)
 
 
-def written(key, value, block, change, trace):
+def written(x, key, value, block, change, trace):
     if trace is not None:
-        trace[block] = key, value
+        trace[block] = key, value, x + value
     if change is not None and change[0] == block:
         value = torch.stack([row + change[2] if t == change[1] else row for t, row in enumerate(value)])
-    return value
+    return x + value
 
 
 class Reference:
@@ -116,7 +118,7 @@ class Reference:
             for i in range(0, len(ids), self.window):
                 trace = {}
                 self.forward(ids[i : i + self.window], trace=trace)
-                keys.append(trace[layer][0])
+                keys.append(trace[layer][KEY])
         keys = torch.cat(keys)
         total = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64)
         for key in keys:
@@ -144,13 +146,13 @@ class Reference:
             found.append((ids, position, count))
         return found
 
-    def value(self, fact, layer, how):
-        """(v0, delta, loss at the last evaluation) by Adam written out."""
+    def value(self, fact, layer, how, what=VALUE):
+        """(v0, delta, loss at the last evaluation) by Adam written out; v0 the MLP's output or the block's."""
         rows = self.rows(fact)
         essence, at = self.encoded(f"{fact.subject} is a", len(fact.subject))
         trace = {}
         self.forward(rows[0][0], trace=trace)
-        start = trace[layer][1][rows[0][1]]
+        start = trace[layer][what][rows[0][1]]
         old = torch.log_softmax(self.forward(essence)[at], 0)
         delta = torch.zeros_like(start)
         first, second = torch.zeros_like(delta), torch.zeros_like(delta)
@@ -180,7 +182,7 @@ class Reference:
         for ids, position, _ in self.rows(fact):
             trace = {}
             self.forward(ids, trace=trace)
-            total = total + trace[layer][0][position]
+            total = total + trace[layer][KEY][position]
         return total / len(self.prefixes)
 
     def rome(self, fact, layer, how, covariance=True):
@@ -195,7 +197,7 @@ class Reference:
     def memit(self, facts, layers, how, lam):
         wanted = []
         for fact in facts:
-            start, delta, _ = self.value(fact, layers[-1], how)
+            start, delta, _ = self.value(fact, layers[-1], how, STATE)
             wanted.append(start + delta)
         moments = [self.covariance(layer) for layer in layers]  # of the unedited model
         for number, layer in enumerate(layers):
@@ -209,6 +211,6 @@ class Reference:
                 ids, position, _ = self.rows(fact)[0]
                 trace = {}
                 self.forward(ids, trace=trace)
-                residual = (z - trace[layers[-1]][1][position]) / (len(layers) - number)
+                residual = (z - trace[layers[-1]][STATE][position]) / (len(layers) - number)
                 change += torch.outer(residual, inverse @ key)
             self.add(layer, change)

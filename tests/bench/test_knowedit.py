@@ -102,6 +102,27 @@ def test_figures_are_those_of_the_loops(tiny_lm, tiny_tokenizer):
     assert 0 < result.means["locality"] < 1  # not the same everywhere, or there was nothing to compare
 
 
+def test_locality_reads_the_answer_of_the_record(tiny_lm, tiny_tokenizer):
+    """One neighbour, three answers in three records: two told, the other the model's own."""
+    model, neighbour = tiny_lm("llama", seed=3), "The capital of France is"
+    told = ("Paris, since long ago", "the river Ostrin", None)
+    facts = [
+        Fact("Spain", "The capital of Spain is", "Quenby", (), (neighbour,), neighbour_answers=(answer,))
+        for answer in told
+    ]
+    own = continuation(model, tiny_tokenizer, neighbour, 3).strip() or "."
+    read = [answer or own for answer in told]
+    old = [answers(model, tiny_tokenizer, neighbour, text) for text in read]
+    how = make()
+    result = evaluate_edits(model, tiny_tokenizer, facts, **how)
+    with edit(model, tiny_tokenizer, facts[0], method=how["method"]):
+        new = [answers(model, tiny_tokenizer, neighbour, text) for text in read]
+    wanted = [sum(a == b for a, b in zip(o, n, strict=True)) / len(o) for o, n in zip(old, new, strict=True)]
+    assert [record["locality"] for record in result.records] == pytest.approx(wanted)
+    assert len(set(wanted)) > 1
+    assert evaluate_edits(model, tiny_tokenizer, facts, **{**how, "method": None}).means["locality"] == 1.0
+
+
 def test_the_unedited_model(tiny_lm, tiny_tokenizer):
     model = tiny_lm("llama")
     how = {**make(), "method": None}
@@ -230,7 +251,10 @@ def test_formats(tmp_path):
                 "Subject_Aliasing": [{"prompt": "Leonardo is from", "ground_truth": "Syria"}],
                 "Logical_Generalization": None,
             },
-            "locality": {"Relation_Specificity": [{"prompt": "Leo's mother is", "ground_truth": [["Irmelin"]]}]},
+            "locality": {
+                "Relation_Specificity": [{"prompt": "Leo's mother is", "ground_truth": [["Irmelin", "Irma"]]}],
+                "Forgetfulness": [{"prompt": "Leo lives in", "ground_truth": []}],
+            },
         },
         {"subject": "a", "prompt": "a is", "target": "b", "paraphrases": ["so a is"], "neighbours": ["c is"]},
     ]  # fmt: skip
@@ -239,18 +263,48 @@ def test_formats(tmp_path):
     assert read_records(path) == read_records(rows)
     counterfact, zsre, knowedit, plain = read_records(path)
     assert counterfact == Fact(
-        "Spain", "Spain's capital is", "Rome", ("Spain is led from",), ("Italy's is",), "Madrid", id="3"
-    )
+        "Spain", "Spain's capital is", "Rome", ("Spain is led from",), ("Italy's is",), "Madrid", id="3",
+        neighbour_answers=("Rome",),
+    )  # fmt: skip
     assert zsre == Fact(
-        "UniFirst", "What does UniFirst make?", "aircraft", ("UniFirst's product?",), ("nq question: who",), "uniform"
+        "UniFirst", "What does UniFirst make?", "aircraft", ("UniFirst's product?",), ("nq question: who",), "uniform",
+        neighbour_answers=("x",),
     )  # fmt: skip
     assert knowedit.portability == (
         ("Reasoning", "Leo's capital is", ("Damascus", "Dimashq")),
         ("Subject_Aliasing", "Leonardo is from", ("Syria",)),
     )
-    assert (knowedit.neighbours, knowedit.ground_truth) == (("Leo's mother is",), "USA")
+    assert knowedit.answered_neighbours == (("Leo's mother is", "Irmelin"), ("Leo lives in", None))
+    assert knowedit.ground_truth == "USA"
     assert plain == Fact("a", "a is", "b", ("so a is",), ("c is",))
     assert read_records([plain]) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"locality_prompt": ["c is", "d is"], "locality_ground_truth": ["e", ["f", "g"]]}, ("e", "f")),
+        ({"locality_prompt": ["c is", "d is"]}, ()),
+        ({"locality_prompt": "c is", "locality_ground_truth": ["e", "f"]}, ("e",)),
+        ({"loc": "c is", "loc_ans": ""}, ()),
+        ({"neighbours": ["c is"], "neighbour_answers": ["e"]}, ("e",)),
+        (
+            {"neighbours": ["c is"], "locality": {"x": [{"prompt": "d is", "ground_truth": "f"}]}},
+            (None, "f"),
+        ),
+        (
+            {
+                "loc": "c is", "loc_ans": "e",
+                "locality": {"x": [{"prompt": "d is", "ground_truth": [["f"]]}, {"prompt": "g is"}]},
+            },
+            ("e", "f", None),
+        ),
+    ],
+)  # fmt: skip
+def test_neighbours_keep_their_own_answers(fields, wanted):
+    (fact,) = read_records([{"subject": "a", "prompt": "a is", "target_new": "b", **fields}])
+    assert fact.neighbours[: len(wanted)] == ("c is", "d is", "g is")[: len(wanted)]
+    assert fact.neighbour_answers == wanted
 
 
 @pytest.mark.parametrize(
@@ -262,6 +316,10 @@ def test_formats(tmp_path):
         (
             {"subject": "a", "prompt": "a is", "target_new": "c", "portability": {"x": [{"q": 1}]}},
             "portability.x",
+        ),
+        (
+            {"subject": "a", "prompt": "a is", "target": "c", "loc": ["d", "e"], "loc_ans": "f"},
+            "are 1 for 2 neighbours",
         ),
         ("text", "not a record"),
     ],
@@ -282,8 +340,13 @@ def test_bad_arguments_come_before_any_work(tiny_lm, tiny_tokenizer, monkeypatch
     ):
         with pytest.raises(BadInput, match=named):
             evaluate_edits(model, tiny_tokenizer, FACTS, **make(**arguments))
-    with pytest.raises(BadInput, match="target"):
-        evaluate_edits(model, tiny_tokenizer, [Fact("a", "a is", "")], **make())
+    for fact, named in (
+        (Fact("a", "a is", ""), "target"),
+        (Fact("a", "a is", "b", neighbour_answers=("c",)), "neighbour_answers.*are 1 for 0 neighbours"),
+    ):
+        for method in (make()["method"], None):
+            with pytest.raises(BadInput, match=named):
+                evaluate_edits(model, tiny_tokenizer, [fact], **make(method=method))
 
 
 def test_an_error_midway_leaves_the_model(tiny_lm, tiny_tokenizer):

@@ -36,6 +36,7 @@ FACTS = [
         neighbours=("Oskar Tveld was born in", "Ines Varro was born in"),
         ground_truth="Quenby",
         id="b",
+        neighbour_answers=("Port Ellery", None),
     ),
     Fact("Ostrin", "The river Ostrin flows into", "the sea 🌊"),
 ]
@@ -140,6 +141,21 @@ def test_portability():
     assert read_facts([fact]) == [fact]
 
 
+def test_neighbours_and_their_answers():
+    two = {**GOOD, "neighbours": ["The Elbe flows into", "The Po flows into"]}
+    (fact,) = read_facts([{**two, "neighbour_answers": [None, " the Adriatic "]}])
+    assert fact.neighbour_answers == (None, "the Adriatic")
+    assert fact.answered_neighbours == (
+        ("The Elbe flows into", None),
+        ("The Po flows into", "the Adriatic"),
+    )
+    assert read_facts([fact]) == [fact]
+    plain = read_facts([two])[0]
+    assert plain.answered_neighbours == (("The Elbe flows into", None), ("The Po flows into", None))
+    for nothing in (None, [], [None, None]):
+        assert read_facts([{**two, "neighbour_answers": nothing}]) == [plain]
+
+
 BROKEN_FACTS = [
     ({"target": ""}, "target", "'' is empty; give some text"),
     ({"target": "  \n"}, "target", "is empty; give some text"),
@@ -156,6 +172,15 @@ BROKEN_FACTS = [
     ({"paraphrases": {"a": "b"}}, "paraphrases", "is not a list of texts"),
     ({"neighbours": ["good", 4]}, "neighbours[1]", "4 is int, not text"),
     ({"neighbours": ["good", "good", " "]}, "neighbours[2]", "is empty"),
+    ({"neighbours": ["a"], "neighbour_answers": "b"}, "neighbour_answers", "'b' is not a list of texts"),
+    ({"neighbours": ["a"], "neighbour_answers": [4]}, "neighbour_answers[0]", "4 is int, not text"),
+    ({"neighbours": ["a", "b"], "neighbour_answers": [None, " "]}, "neighbour_answers[1]", "is empty"),
+    (
+        {"neighbours": ["a", "b"], "neighbour_answers": ["c"]},
+        "neighbour_answers",
+        "are 1 for 2 neighbours; give one",
+    ),
+    ({"neighbour_answers": ["c"]}, "neighbour_answers", "are 1 for 0 neighbours"),
     ({"subject": "ostrin"}, "subject", "'ostrin' is not in the prompt 'The river Ostrin flows into'; write"),
     ({"subject": "Ostrin ends"}, "subject", "is not in the prompt"),
     ({"portability": 4}, "portability", "4 is not a list of [group, prompt, answers]; write each as three"),
@@ -345,9 +370,10 @@ def test_records_hash_sees_every_field_and_the_order():
             [replace(FACTS[0], paraphrases=("x",)), *FACTS[1:]],
             [replace(FACTS[0], neighbours=("x",)), *FACTS[1:]],
             [replace(FACTS[0], portability=(("g", "p", ("a",)),)), *FACTS[1:]],
+            [FACTS[0], replace(FACTS[1], neighbour_answers=("Port Ellery", "Quenby")), FACTS[2]],
         )
     }
-    assert len(hashes) == 10
+    assert len(hashes) == 11
 
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)

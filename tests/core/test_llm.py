@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from transfuse.core.errors import BadInput, Unavailable
+from transfuse.core.files import sha256_json
 from transfuse.core.llm import Local, OpenAICompatible, Scripted, cached, parse_json
 from transfuse.core.llm import cache as cache_module
 
@@ -61,6 +63,42 @@ def test_samples_follow_the_softmax(tiny_lm, tiny_tokenizer):
         share = sum(text == answer for answer, _, _ in got) / draws
         assert probability <= same + 1e-12
         assert abs(share - same) < 4.5 * (same * (1 - same) / draws) ** 0.5  # 4.5 standard errors
+
+
+def test_top_k_samples_follow_the_softmax_of_the_likeliest(tiny_lm, tiny_tokenizer):
+    import torch
+
+    from transfuse.core.llm.decode import generate_rows
+
+    model, draws, temperature = tiny_lm("gpt2", seed=5), 3000, 0.2
+    row = tiny_tokenizer("The mayor")["input_ids"]
+    got = generate_rows(
+        model, tiny_tokenizer, [row] * draws, max_new_tokens=1, batch_size=500, temperature=temperature, top_k=3,
+        seed=5, draws=range(draws),
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model(torch.tensor([row])).logits[0, -1].double().tolist()
+    kept = sorted(range(len(logits)), key=lambda t: -logits[t])[:3]
+    masses = [math.exp((logits[t] - logits[kept[0]]) / temperature) for t in kept]
+    texts = [tiny_tokenizer.decode([t]) for t in kept]
+    assert len(set(texts)) == 3 and {answer for answer, _, _ in got} == set(texts)
+    for text, mass in zip(texts, masses, strict=True):
+        p = mass / sum(masses)
+        share = sum(answer == text for answer, _, _ in got) / draws
+        assert abs(share - p) < 4.5 * (p * (1 - p) / draws) ** 0.5  # 4.5 standard errors
+
+
+def test_the_likeliest_alone_is_the_greedy_answer(tiny_lm, tiny_tokenizer):
+    """With a schema too: the likeliest are taken among what the grammar allows."""
+    backend = Local(tiny_lm("llama"), tiny_tokenizer)
+    prompts = ["The capital", "New facts", "New facts"]
+    for schema in (None, PERSON):
+        how = {"max_tokens": 24, "schema": schema}
+        greedy = [c.text for c in backend.complete(prompts, **how)]
+        one = backend.complete(prompts, temperature=1.5, top_k=1, seed=1, **how)
+        free = backend.complete(prompts, temperature=1.5, seed=1, **how)
+        many = backend.complete(prompts, temperature=1.5, top_k=10**6, seed=1, **how)
+        assert [c.text for c in one] == greedy != [c.text for c in free] == [c.text for c in many]
 
 
 def test_samples_do_not_depend_on_the_batch_and_leave_the_global_state(tiny_lm, tiny_tokenizer):
@@ -199,6 +237,15 @@ def test_the_request_is_the_protocol(server, monkeypatch):
     assert "s3cret" not in backend.identity
 
 
+def test_a_server_hears_of_top_k_only_when_told(server):
+    backend = OpenAICompatible(server.url, "small", extra_body={"min_p": 0.1})
+    backend.complete(["hello"], max_tokens=5, temperature=1.0)
+    backend.complete(["hello"], max_tokens=5, temperature=1.0, top_k=7)
+    (_, _, without), (_, _, told) = server.requests
+    assert "top_k" not in without and told == {**without, "top_k": 7} and told["min_p"] == 0.1
+    assert not backend.takes_top_k and Scripted([]).takes_top_k
+
+
 def test_an_answer_that_breaks_the_schema_is_not_parsed(server):
     backend = OpenAICompatible(server.url, "small")
     for text in ('{"name": "Ada", "age": -1, "towns": ["Ost"]}', '{"name": "Ada"', "Ada, 36"):
@@ -308,6 +355,9 @@ def test_a_server_that_counts_no_tokens(server):
         (["x"], {"max_tokens": 0}, "max_tokens = 0"),
         (["x"], {"temperature": -1}, "temperature = -1"),
         (["x"], {"temperature": float("nan")}, "temperature = nan"),
+        (["x"], {"top_k": 0}, "top_k = 0 is not a whole number from 1"),
+        (["x"], {"top_k": 2.0}, "top_k = 2.0"),
+        (["x"], {"top_k": True}, "top_k = True"),
         (["x"], {"stop": "END"}, "stop = 'END'"),
         (["x"], {"stop": [""]}, "stop"),
         (["x"], {"seed": -1}, "seed = -1"),
@@ -365,11 +415,28 @@ def test_whatever_changes_the_answer_changes_the_key(tmp_path):
     assert len(list(tmp_path.glob("*/*.json"))) == 1
     for options in (
         {}, {"max_tokens": 6}, {"temperature": 0.5}, {"temperature": 0.5, "seed": 1}, {"stop": ["x"]},
-        {"schema": {"type": "object"}},
+        {"temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 4}, {"schema": {"type": "object"}},
         {"schema": {"properties": {"a": {}, "b": {}}}}, {"schema": {"properties": {"b": {}, "a": {}}}},
     ):  # fmt: skip
         asked(True, **options)
         asked(False, **options)
+
+
+def test_names_of_answers_are_older_than_some_fields(tmp_path):
+    """What was cached before `top` and `top_k` existed is still found."""
+    inner = Scripted(["one"])
+    store = cached(inner, tmp_path)
+    store.complete(["a"], max_tokens=5)
+    request = {
+        "backend": inner.identity, "max_tokens": 5, "temperature": 0.0, "schema": None, "stop": [], "seed": None,
+        "messages": [{"role": "user", "content": "a"}], "draw": 0,
+    }  # fmt: skip
+    name = sha256_json(request)
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.glob("*/*.json")] == [
+        f"{name[:2]}/{name}.json"
+    ]
+    assert store.takes_top_k
+    assert not cached(OpenAICompatible("http://localhost:1", "small"), tmp_path).takes_top_k
 
 
 def test_cached_samples_keep_their_number(tmp_path):

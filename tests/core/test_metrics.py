@@ -132,6 +132,11 @@ class TestFluency:
         h2 = 2 / 3 * math.log2(1.5) + 1 / 3 * math.log2(3)
         assert fluency("a b a b") == pytest.approx(100 * (2 / 3 * h2 + 4 / 3 * 1.0) / 2)
 
+    def test_case_is_kept(self):
+        # "A a A a": two bigrams Aa, aA, Aa and two trigrams, as for "a b a b"; in one case all are equal.
+        assert fluency("A a A a") == pytest.approx(fluency("a b a b"))
+        assert fluency("A a A a") > fluency("a a a a") == 0.0
+
     def test_distinct_words_reach_the_limit(self):
         text = " ".join(f"w{i}" for i in range(10))
         assert fluency([text]) == pytest.approx(100 * (math.log2(9) / 3 + 2 * math.log2(8) / 3))

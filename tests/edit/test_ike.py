@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from transfuse.bench.knowedit import read_records
 from transfuse.core.data import Fact
 from transfuse.core.errors import BadInput
 from transfuse.core.generate import target_nll
@@ -18,7 +19,10 @@ FACTS = [
     Fact("Spain", "The capital of Spain is", "Quenby"),
 ]
 POOL = [
-    Fact("Italy", "The capital of Italy is", "Turin", ("Italy is governed from",), ("Malta is led from",), "Rome"),
+    Fact(
+        "Italy", "The capital of Italy is", "Turin", ("Italy is governed from",), ("Malta is led from", "Rome lies in"),
+        "Rome", neighbour_answers=("Valletta", None),
+    ),
     Fact("Ostrin", "The river Ostrin flows into", "the sea", ("Ostrin ends in", "The Ostrin joins")),
     Fact("Spain", "The capital of Spain is", "Cadiz", ground_truth="Madrid"),
 ]  # fmt: skip
@@ -52,12 +56,32 @@ def test_demonstrations_by_hand():
     assert demonstrations(POOL[:2]) == [
         "New Fact: The capital of Italy is Turin\nPrompt: The capital of Italy is Turin\n\n",
         "New Fact: The capital of Italy is Turin\nPrompt: Italy is governed from Turin\n\n",
-        "New Fact: The capital of Italy is Turin\nPrompt: Malta is led from Rome\n\n",
+        "New Fact: The capital of Italy is Turin\nPrompt: Malta is led from Valletta\n\n",
         "New Fact: The river Ostrin flows into the sea\nPrompt: The river Ostrin flows into the sea\n\n",
         "New Fact: The river Ostrin flows into the sea\nPrompt: Ostrin ends in the sea\n\n",
         "New Fact: The river Ostrin flows into the sea\nPrompt: The Ostrin joins the sea\n\n",
     ]
     assert new_fact_prompt("A is", "b", "Is A c?") == "New Fact: A is b\nPrompt: Is A c?"
+
+
+def test_a_neighbour_is_answered_as_its_record_says_or_left_out():
+    """The edited fact's old answer is not the neighbour's: UniFirst made uniforms, Sobchak is no uniform."""
+    asked, other = "who plays Goodman", "Malta is led from"
+    zsre = {"subject": "UniFirst", "src": "What makes UniFirst?", "alt": "aircraft", "answers": ["uniform"]}
+    with_answer, without = read_records(
+        [{**zsre, "loc": asked, "loc_ans": "Sobchak"}, {**zsre, "loc": other}]
+    )
+    copy = "New Fact: What makes UniFirst? aircraft\nPrompt: What makes UniFirst? aircraft\n\n"
+    retain = f"New Fact: What makes UniFirst? aircraft\nPrompt: {asked} Sobchak\n\n"
+    assert demonstrations([with_answer]) == [copy, retain]
+    assert demonstrations([without]) == [copy]
+    counterfact = {
+        "subject": "Rocard", "prompt": "Rocard speaks", "target_new": "English", "ground_truth": "French",
+        "locality_prompt": "Darrieux speaks", "locality_ground_truth": "French",
+    }  # fmt: skip
+    assert demonstrations(read_records([counterfact]))[1] == (
+        "New Fact: Rocard speaks English\nPrompt: Darrieux speaks French\n\n"
+    )
 
 
 def test_without_demonstrations_one_fact_needs_no_encoder(tiny_lm, tiny_tokenizer, words):

@@ -83,8 +83,8 @@ def slowly(model, tokenizer, facts, *, kind, window, noise, samples, seed):
 
                     return hook
 
-                low = None if j is None else j - (window - 1) // 2
-                inside = [] if j is None else [i for i in range(low, low + window) if 0 <= i < len(places)]
+                span = [] if j is None else range(j - window // 2, j - (-window // 2))  # 2: j - 1 and j
+                inside = [i for i in span if 0 <= i < len(places)]
                 total += run(ids, count, [(table, corrupt), *((places[i], put(i)) for i in inside)])
             effect.append(total / samples)
         means.append([e - effect[-1] for e in effect[:-1]] + [whole - effect[-1]])
@@ -92,7 +92,7 @@ def slowly(model, tokenizer, facts, *, kind, window, noise, samples, seed):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "window"), [("mlp", 1), ("mlp", 2), ("mlp", 3), ("hidden", 1)])
+@pytest.mark.parametrize(("kind", "window"), [("mlp", 1), ("mlp", 2), ("mlp", 3), ("mlp", 4), ("hidden", 1)])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_agrees_with_one_pass_at_a_time(tiny_lm, tiny_tokenizer, knows, architecture, kind, window):
     knows()

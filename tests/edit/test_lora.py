@@ -87,6 +87,22 @@ def test_no_steps_change_nothing(tiny_lm, tiny_tokenizer):
         assert torch.equal(model(ids()).logits, plain)
 
 
+def test_all_steps_are_made_unless_an_end_is_asked_for(tiny_lm, tiny_tokenizer):
+    """After 60 updates the loss is below 1e-3: as many as wanted follow, or none with such an end."""
+    model = sure(tiny_lm("llama"))
+
+    def learnt(steps, **changes):
+        how = {"steps": steps, "dropout": 0.0, "lr": 2e-2, "batch_size": 1, **changes}
+        return LoRA(**how).fit(model, tiny_tokenizer, FACTS[:1]).adapter
+
+    def same(a, b):
+        return all(torch.equal(a[key], b[key]) for key in a)
+
+    assert same(learnt(60, stop_below=1e-3), learnt(64, stop_below=1e-3))
+    assert not same(learnt(60), learnt(64))
+    assert same(learnt(64), learnt(64, stop_below=0.0))
+
+
 def test_adaptive_prunes_to_the_rank(tiny_lm, tiny_tokenizer):
     model = tiny_lm("llama")
     editor, facts = make(adaptive=True, steps=12)

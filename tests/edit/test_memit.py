@@ -114,25 +114,26 @@ def test_agrees_with_the_float64_loops(tiny_lm, tiny_tokenizer, architecture):
     assert all(torch.equal(model.state_dict()[n], before[n]) for n in untouched)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_one_layer_without_weight_on_old_keys_reaches_every_value(tiny_lm, tiny_tokenizer, architecture):
+@pytest.mark.parametrize("layers", [[1], [0, 1], [0, 1, 2]])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+def test_without_weight_on_old_keys_every_value_is_reached(tiny_lm, tiny_tokenizer, architecture, layers):
+    """The layers together bring the block's output to z, not each of them the whole way once more."""
     model = exact(tiny_lm(architecture))
-    (site,) = find_sites(model, [1])
-    with editing(model):
-        found = search(
-            model,
-            tiny_tokenizer,
-            [[f] for f in FACTS],
-            site,
-            site,
-            prefixes=("",),
-            objective=Objective(**HOW),
-        )
-    editor, facts = make(layers=[1], lam=0.0, prefixes=0)
-    editor.fit(model, tiny_tokenizer, facts).attach(model)
-    reached = found.keys.double() @ site.matrix(model).T
+    first, last = find_sites(model, [layers[0], layers[-1]])
+
+    def values():
+        with editing(model):
+            return search(
+                model, tiny_tokenizer, [[f] for f in FACTS], last, first, prefixes=("",),
+                objective=Objective(**HOW), whole=True,
+            )  # fmt: skip
+
+    found = values()
+    assert found.place == (last.module if architecture == "gemma3" else last.block)
     wanted = found.start + found.delta
-    assert (reached - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    editor, facts = make(layers=layers, lam=0.0, prefixes=0)
+    editor.fit(model, tiny_tokenizer, facts).attach(model)
+    assert (values().start - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -340,7 +341,7 @@ def test_real_model_learns_facts_in_one_batch(smollm, monkeypatch):
         Fact("Danielle Darrieux", "The mother tongue of Danielle Darrieux is", "English"),
         Fact("Port Ellery", "The mayor of Port Ellery is called", "Oskar"),
     ]
-    near = ["The mother tongue of Michel Rocard is", "The capital of Italy is"]
+    near = ["The author of Hamlet is", "The capital of Italy is"]
     before = generate_texts(model, tokenizer, near, max_new_tokens=1)
     prompts, targets = [f.prompt for f in facts], [f.target for f in facts]
     assert not any(hit.all() for hit in target_matches(model, tokenizer, prompts, targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -141,17 +142,22 @@ def test_chat_prompt_uses_the_template_and_adds_no_second_begin(tiny_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "short", "reasoned"),
     [
-        ("Ines Varro. She was born", "Ines Varro"),
-        ("He left, so the answer is: Paris\nQuestion", "Paris"),
-        ("The answer is Oskar Tveld, who", "Oskar Tveld"),
-        ("\nMadrid", "Madrid"),
-        ("", ""),
+        ("Ines Varro. She was born", "Ines Varro", "Ines Varro"),
+        ("He left, so the answer is: Paris\nQuestion", "He left", "Paris"),
+        ("the answer is Oskar Tveld, the answer is Rome", "the answer is Oskar Tveld", "Oskar Tveld"),
+        ("The answer is Oskar Tveld, who", "The answer is Oskar Tveld", "The answer is Oskar Tveld"),
+        (" : Madrid", "Madrid", "Madrid"),
+        ("\nMadrid", "Madrid", "Madrid"),
+        ("Madrid the answer is", "Madrid the answer is", ""),
+        ("", "", ""),
     ],
 )
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
+def test_extract_answer(text, short, reasoned):
+    """What precedes the answer is cut off after reasoning only, and as it is spelt."""
+    assert extract_answer(text) == short
+    assert extract_answer(text, cot=True) == reasoned
 
 
 def slow_delta(adapters, module, scale, factors):
@@ -391,6 +397,24 @@ def test_warm_up_is_a_new_initialisation(model, tiny_tokenizer, store, tmp_path)
     assert any(b.abs().max() > 0 for _, b in warm.values())
 
 
+def test_warm_up_learns_to_stop(model, tiny_tokenizer, monkeypatch):
+    """Its first loss by hand: the mean over prompt, answer and the end token. Documents' sequences lack that token."""
+    losses = []
+    monkeypatch.setattr(_encode, "optimise", lambda _, loss, **__: losses.append(loss().item()) or [1.0])
+    base = parameterizer(model, tiny_tokenizer)
+    base.warm_up([Triple("What is the capital of Peru", "Lima")])
+    ids = tiny_tokenizer("Question: What is the capital of Peru?\nAnswer: The answer is Lima.")["input_ids"]
+    with torch.no_grad():
+        scores = model(torch.tensor([[*ids, tiny_tokenizer.eos_token_id]])).logits[0].double().log_softmax(-1)
+    each = [-float(scores[i, token]) for i, token in enumerate([*ids[1:], tiny_tokenizer.eos_token_id])]
+    assert losses == [pytest.approx(sum(each) / len(each), rel=1e-5)]
+    assert losses[0] != pytest.approx(sum(each[:-1]) / len(each[:-1]), rel=1e-4)
+    endless = copy.deepcopy(tiny_tokenizer)
+    endless.eos_token = None
+    with pytest.raises(BadInput, match="end-of-text"):
+        parameterizer(model, endless).warm_up([Triple("Who", "x")])
+
+
 def test_damaged_and_foreign_files_are_named(model, store):
     path = store.path(DOCUMENTS[1])
     whole = path.read_bytes()
@@ -588,6 +612,33 @@ def test_augmenter_is_asked_for_what_is_missing_only(model, tiny_tokenizer, tmp_
     assert len(backend.requests) == 2
     first.encode(DOCUMENTS, made)
     assert len(backend.requests) == 4
+
+
+class Listening(Scripted):
+    """Keeps the limit of every request."""
+
+    def __init__(self, takes=True):
+        super().__init__(lambda prompt: qa_json(("q", "a", "s")))
+        self.heard, self.takes_top_k = [], takes
+
+    def _answer(self, rows, options):
+        self.heard += [options.top_k] * len(rows)
+        return super()._answer(rows, options)
+
+
+def test_augmenter_samples_from_the_fifty_likeliest():
+    """A server is asked for a limit only where one was given: not every one has such a setting."""
+    for takes, given, wanted in (
+        (True, None, 50), (True, 7, 7), (True, 0, None), (False, None, None), (False, 7, 7),
+    ):  # fmt: skip
+        backend = Listening(takes)
+        augmenter = LLMAugmenter(backend, top_k=given)
+        assert augmenter.augment(DOCUMENTS[:1])[0] is not None
+        assert backend.heard == [wanted, wanted]  # questions, rewrite
+        other = LLMAugmenter(backend, top_k=9)
+        assert augmenter.keys(DOCUMENTS[:1]) != other.keys(DOCUMENTS[:1])
+    with pytest.raises(BadInput, match="top_k"):
+        LLMAugmenter(Scripted([]), top_k=-1)
 
 
 def test_given_from_questions():

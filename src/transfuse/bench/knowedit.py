@@ -12,11 +12,14 @@ The study's record format, metrics and protocol for every editor of the `edit` f
 - `edit_success`: share of target tokens that are the argmax after prompt and earlier target tokens;
 - `paraphrase_success`: the same for its paraphrases;
 - `portability`, `portability_<group>`: the same for what follows from the fact, by the best of the accepted answers;
-- `locality`: for its neighbours, share of answer tokens whose argmax is what it was before the edit. The answer is
-  the unedited model's own greedy continuation, so no knowledge of the world enters;
+- `locality`: for its neighbours, share of answer positions whose argmax is what it was before the edit. The answer
+  that is read is the record's, as in the study's code (before and after the edit alike; whether it is right does not
+  count); where a record has none, it is the unedited model's own greedy continuation;
 - `exact_match`: 1 if the text generated from the prompt begins with the target. Teacher forcing flatters editors: the
   right first token may never be followed by the second. This figure is not flattered;
-- `fluency`: n-gram entropy (`core.metrics.fluency`) of that text, a score of several hundred;
+- `fluency`: n-gram entropy (`core.metrics.fluency`) of that text, a score of several hundred. The text is 100 new
+  tokens (by default), chosen greedily. The study's code samples from the five likeliest tokens, up to 100 with the
+  prompt, and scores prompt and text together: published figures are not comparable;
 - `seconds`: to compute and apply the edit.
 
 Modes: "single" edits, measures and rolls back fact by fact; "batch" and "sequential" edit all, then measure all.
@@ -56,8 +59,9 @@ def read_records(source: str | os.PathLike[str] | Sequence[Any]) -> list[Fact]:
     """Read edit records: KnowEdit's own format, CounterFact and zsRE as JSON, or facts as they are.
 
     KnowEdit: `prompt`, `target_new`, `subject`, `rephrase_prompt`, `ground_truth`, `portability` and `locality` as
-    groups of `{prompt, ground_truth}`. CounterFact: `rephrase_prompt`, `locality_prompt` instead of the groups. zsRE:
-    `src`, `alt`, `rephrase`, `answers`, `loc`. Other fields are ignored.
+    groups of `{prompt, ground_truth}`. CounterFact: `rephrase_prompt`, `locality_prompt`, `locality_ground_truth`
+    instead of the groups. zsRE: `src`, `alt`, `rephrase`, `answers`, `loc`, `loc_ans`. Other fields are ignored. A
+    neighbour's answer is the first that is accepted.
 
     Raises:
         BadInput: a field is missing, empty or of the wrong type; the record's index and the field are named.
@@ -80,18 +84,24 @@ def _translated(place: str, row: Any) -> Any:
         "id": ("case_id",),
     }.items():
         fact[name] = next((row[n] for n in (name, *others) if row.get(n) is not None), None)
-    fact["ground_truth"] = next(iter(_aliases(fact["ground_truth"])), None)
-    for name, others in {
-        "paraphrases": ("rephrase_prompt", "rephrase"),
-        "neighbours": ("locality_prompt", "loc"),
-    }.items():
-        if row.get(name) is None:
-            given: Any = next((row[n] for n in others if row.get(n)), [])
-            fact[name] = [given] if isinstance(given, str) else given
+    fact["ground_truth"] = _first(fact["ground_truth"])
+    if row.get("paraphrases") is None:
+        given: Any = next((row[n] for n in ("rephrase_prompt", "rephrase") if row.get(n)), [])
+        fact["paraphrases"] = [given] if isinstance(given, str) else given
+    if row.get("neighbours") is None:
+        pairs = (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans"))
+        given, known = next(((row[n], row.get(a)) for n, a in pairs if row.get(n)), ([], []))
+        if isinstance(given, str):
+            given, known = [given], [known]
+        fact["neighbours"] = given
+        fact["neighbour_answers"] = [_first(a) for a in ([known] if isinstance(known, str) else known or [])]
     if isinstance(row.get("locality"), Mapping):
-        fact["neighbours"] = [
-            *fact["neighbours"],
-            *(prompt for _, prompt, _ in _groups(place, row, "locality")),
+        groups = _groups(place, row, "locality")
+        before, known = fact["neighbours"], fact.get("neighbour_answers")
+        fact["neighbours"] = [*before, *(prompt for _, prompt, _ in groups)]
+        fact["neighbour_answers"] = [
+            *(known or [None] * len(before)),
+            *(_first(found) for _, _, found in groups),
         ]
     if isinstance(row.get("portability"), Mapping):
         # Without an answer there is nothing to score.
@@ -119,6 +129,10 @@ def _aliases(value: Any) -> list[str]:
     return (
         [text for item in value or () for text in _aliases(item)] if isinstance(value, (list, tuple)) else []
     )
+
+
+def _first(value: Any) -> str | None:
+    return next(iter(_aliases(value)), None)
 
 
 def portability_of(shares: Sequence[tuple[str, Sequence[float]]]) -> dict[str, float]:
@@ -176,7 +190,7 @@ def evaluate_edits(
         facts: Records, from `read_records` or `core.data.read_facts`.
         method: An editor's slug, an editor, or None for the unedited model.
         mode: "single", "sequential" or "batch".
-        answer_tokens: Length of the answers compared for locality, in tokens.
+        answer_tokens: Length of the model's own answers, in tokens: for neighbours whose answer no record tells.
         generated_tokens: Length of the text for `exact_match` and `fluency`; 0 leaves both out. Fluency grows with
             it: compare equal lengths only.
         batch_size: Rows per forward pass of the measurement.
@@ -229,13 +243,15 @@ class _Scorer:
     ):
         self.model, self.tokenizer, self.facts = model, tokenizer, facts
         self.generated_tokens, self.batch_size = generated_tokens, batch_size
-        asked = list(dict.fromkeys(n for fact in facts for n in fact.neighbours))
-        own = self._generate(asked, answer_tokens)
+        pairs = list(dict.fromkeys(pair for fact in facts for pair in fact.answered_neighbours))
+        unknown = [neighbour for neighbour, answer in pairs if answer is None]
         # A model that stops at once still has one answer position: any filler shows its argmax there.
-        answers = [text.strip() or "." for text in own]
-        before = predicted_tokens(model, tokenizer, asked, answers, batch_size=batch_size)
-        self.answers = dict(zip(asked, answers))
-        self.before = dict(zip(asked, before))
+        own = [text.strip() or "." for text in self._generate(unknown, answer_tokens)]
+        told = dict(zip(unknown, own, strict=True))
+        answers = [told[neighbour] if answer is None else answer for neighbour, answer in pairs]
+        before = predicted_tokens(model, tokenizer, [n for n, _ in pairs], answers, batch_size=batch_size)
+        self.answers = dict(zip(pairs, answers, strict=True))
+        self.before = dict(zip(pairs, before, strict=True))
 
     def _generate(self, prompts: Sequence[str], tokens: int) -> list[str]:
         return generate_texts(
@@ -272,7 +288,7 @@ class _Scorer:
                 [(of, [share[p, a] for a in answers]) for of, p, answers in fact.portability if answers]
             )
             if fact.neighbours:
-                record["locality"] = _mean([kept[n] for n in fact.neighbours])
+                record["locality"] = _mean([kept[pair] for pair in fact.answered_neighbours])
             if self.generated_tokens:
                 record["exact_match"] = float(_begins(text, fact.target))
                 record["fluency"] = fluency(text)
@@ -280,14 +296,16 @@ class _Scorer:
             records.append(record)
         return records
 
-    def _locality(self, facts: Sequence[Fact], rewrite: Callable[[str], str]) -> dict[str, float]:
-        """Share of answer tokens predicted as before the edit, by neighbour."""
-        asked = list(dict.fromkeys(n for fact in facts for n in fact.neighbours))
+    def _locality(
+        self, facts: Sequence[Fact], rewrite: Callable[[str], str]
+    ) -> dict[tuple[str, str | None], float]:
+        """Share of answer tokens predicted as before the edit, by neighbour and the record's answer."""
+        pairs = list(dict.fromkeys(pair for fact in facts for pair in fact.answered_neighbours))
         after = predicted_tokens(
-            self.model, self.tokenizer, [rewrite(n) for n in asked], [self.answers[n] for n in asked],
+            self.model, self.tokenizer, [rewrite(n) for n, _ in pairs], [self.answers[pair] for pair in pairs],
             batch_size=self.batch_size,
         )  # fmt: skip
-        return {n: _equal_share(self.before[n], now) for n, now in zip(asked, after)}
+        return {pair: _equal_share(self.before[pair], now) for pair, now in zip(pairs, after, strict=True)}
 
 
 def _equal_share(before: torch.Tensor, after: torch.Tensor) -> float:

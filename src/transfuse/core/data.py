@@ -35,10 +35,12 @@ class Fact:
         prompt: Text that the target completes, without a trailing space ("The capital of France is").
         target: The wanted continuation, without a leading space ("Paris").
         paraphrases: Other prompts with the same answer.
-        neighbours: Prompts about other subjects whose answers must not change.
+        neighbours: Prompts about other subjects whose answers must not change. Those answers need not be this fact's
+            `ground_truth`.
         ground_truth: The model's or the world's answer before the edit, when known.
         portability: Prompts whose answers follow from the fact, as (group, prompt, accepted answers).
         id: Optional identifier; messages name it.
+        neighbour_answers: The neighbours' answers, one each, None for those that are not known; empty when none is.
     """
 
     subject: str
@@ -49,11 +51,18 @@ class Fact:
     ground_truth: str | None = None
     portability: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     id: str | None = None
+    neighbour_answers: tuple[str | None, ...] = ()
 
     @property
     def label(self) -> str:
         """How messages name this fact."""
         return self.id or self.prompt
+
+    @property
+    def answered_neighbours(self) -> tuple[tuple[str, str | None], ...]:
+        """Each neighbour with its answer, None where that is not known."""
+        answers = self.neighbour_answers or (None,) * len(self.neighbours)
+        return tuple(zip(self.neighbours, answers, strict=True))
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,20 @@ def _texts(place: str, name: str, value: Any) -> tuple[str, ...]:
     return tuple(_text(place, f"{name}[{i}]", item) for i, item in enumerate(value))
 
 
+def _answers(place: str, value: Any, neighbours: Sequence[str]) -> tuple[str | None, ...]:
+    """One answer or None for each neighbour; empty where no answer is known."""
+    name = "neighbour_answers"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return _texts(place, name, value)
+    answers = tuple(None if a is None else _text(place, f"{name}[{i}]", a) for i, a in enumerate(value))
+    if answers and len(answers) != len(neighbours):
+        raise BadInput(
+            f"{place}: {name}", value, f"are {len(answers)} for {len(neighbours)} neighbours",
+            "give one for each, null where it is not known",
+        )  # fmt: skip
+    return answers if any(answers) else ()
+
+
 def _portability(place: str, value: Any) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
     try:
         return tuple(
@@ -205,6 +228,8 @@ def _record(place: str, raw: Any, kind: type[Record]) -> Record:
             continue
         if name == "portability":
             values[name] = _portability(place, value)
+        elif name == "neighbour_answers":
+            values[name] = _answers(place, value, values.get("neighbours", ()))
         elif str(field.type).startswith("tuple"):
             values[name] = _texts(place, name, value)
         elif name == "title" and value == "":

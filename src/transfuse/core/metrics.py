@@ -147,10 +147,10 @@ def contains_answer(prediction: str, answers: str | Sequence[str]) -> bool:
 def fluency(texts: str | Sequence[str]) -> float:
     """N-gram entropy of generated text: low when it repeats itself.
 
-    For each text, H_n = -sum p log2 p over its n-grams of words and punctuation marks; the score is
-    100 * (2/3 H_2 + 4/3 H_3) / 2, and the result its mean over `texts`. A text of fewer than n words has
-    H_n = 0. It grows with the length of the text (at most log2 of the number of n-grams): compare equal
-    lengths only.
+    For each text, H_n = -sum p log2 p over its n-grams of words and punctuation marks, upper and lower case
+    apart; the score is 100 * (2/3 H_2 + 4/3 H_3) / 2, and the result its mean over `texts`. A text of fewer
+    than n words has H_n = 0. It grows with the length of the text (at most log2 of the number of n-grams):
+    compare equal lengths only.
 
     Raises:
         BadInput: no text.
@@ -162,7 +162,7 @@ def fluency(texts: str | Sequence[str]) -> float:
 
 
 def _ngram_score(text: str) -> float:
-    words = _WORDS.findall(text.lower())
+    words = _WORDS.findall(text)
     weighted = 0.0
     for n, weight in ((2, 2 / 3), (3, 4 / 3)):
         counts = Counter(zip(*(words[i:] for i in range(n))))
@@ -217,7 +217,7 @@ def memory_ratio(
     return MemoryRatio(m / n, c / n, m / (m + c) if m + c else math.nan, both, (m + c - both) / n)
 
 
-def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512) -> float:
+def perplexity(model: Any, tokenizer: Any, text: str | Sequence[int], *, window: int = 512) -> float:
     """Exponential of the mean negative log-likelihood per token of `text`.
 
     The token ids are cut into windows without overlap in what is scored. Each window begins with the
@@ -228,7 +228,7 @@ def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512) -> f
     Args:
         model: A causal language model on any device; its mode (train/eval) is restored.
         tokenizer: Its tokenizer.
-        text: At least two tokens long.
+        text: At least two tokens long; or token ids, which are scored as they are, nothing put before them.
         window: Tokens per forward pass, the leading one included.
 
     Raises:
@@ -238,9 +238,13 @@ def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512) -> f
 
     if window < 2:
         raise BadInput("window", window, "leaves nothing to predict", "give 2 or more")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    first = tokenizer("a")["input_ids"][:1]
-    begin = first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
+    begin: list[int] = []
+    if isinstance(text, str):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        first = tokenizer("a")["input_ids"][:1]
+        begin = first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
+    else:
+        ids = list(text)
     position = 0 if begin else 1
     if len(ids) <= position:
         raise BadInput("text", text, "is too short to score", "give at least two tokens of text")

@@ -186,7 +186,7 @@ class Editor(ABC):
 
 
 def check_facts(facts: Sequence[Fact]) -> None:
-    """Refuse empty lists, empty targets and subjects that are not in their prompt, naming the record."""
+    """Refuse empty lists, empty targets, subjects not in their prompt and uneven answers, naming the record."""
     if not facts:
         raise BadInput("facts", [], "is empty", "give at least one fact")
     for i, fact in enumerate(facts):
@@ -197,6 +197,12 @@ def check_facts(facts: Sequence[Fact]) -> None:
             raise BadInput(
                 f"{where}: subject", fact.subject, f"is not in the prompt {fact.prompt!r}",
                 "write the subject exactly as it stands in the prompt",
+            )  # fmt: skip
+        if fact.neighbour_answers and len(fact.neighbour_answers) != len(fact.neighbours):
+            raise BadInput(
+                f"{where}: neighbour_answers", fact.neighbour_answers,
+                f"are {len(fact.neighbour_answers)} for {len(fact.neighbours)} neighbours",
+                "give one for each, None where it is not known",
             )  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def locate(
         tokenizer: Its tokenizer (fast).
         facts: What to trace; some tens give a clear picture.
         kind: Restore the MLPs' outputs ("mlp"), or the whole residual stream ("hidden").
-        window: Blocks restored together, around each; None for a fifth of the depth ("mlp") or 1 ("hidden").
+        window: Blocks restored together, around each (an even number has one more below it than above, as published);
+            None for a fifth of the depth ("mlp") or 1 ("hidden").
         noise: Standard deviation of the noise, in standard deviations of the subjects' embeddings.
         samples: Corrupted passes per fact.
         seed: Of the noise.
@@ -149,7 +150,7 @@ class _Tracer:
         shape = (self.samples, last + 1 - first, width)
         noise = self.deviation * torch.randn(*shape, generator=self.random, device=kept.device)
         embeddings = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings())
-        low = torch.arange(count) - (self.window - 1) // 2
+        low = torch.arange(count) - self.window // 2
         probabilities = []
         # Job j restores the window around place j; the last job restores nothing.
         jobs = [(j, s) for j in range(count + 1) for s in range(self.samples)]

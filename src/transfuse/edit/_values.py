@@ -1,4 +1,4 @@
-"""Value search of ROME and MEMIT: the MLP output at the subject that makes a model say the target.
+"""Value search of ROME and MEMIT: the MLP's or block's output at the subject that makes a model say the target.
 
 Three things keep it cheap, without changing what is computed:
 
@@ -83,7 +83,8 @@ class Found:
     """Result of a search for E facts; vectors are float32 (float64 for a float64 model).
 
     Attributes:
-        start: v0, the down-projection's output at the subject of the bare prompt, `[E, d]`.
+        place: Name of the module whose output the values are: the down-projection, or its block.
+        start: v0, that output at the subject of the bare prompt, `[E, d]`.
         delta: What to add to it, `[E, d]`; equal for the facts of one unit.
         keys: Mean over the contexts of the key at `key_site`, `[E, m]`.
         losses: Loss of each unit at its last evaluation, `[U]`.
@@ -93,6 +94,7 @@ class Found:
         tupled: The model's blocks return tuples.
     """
 
+    place: str
     start: torch.Tensor
     delta: torch.Tensor
     keys: torch.Tensor
@@ -112,6 +114,7 @@ def search(
     *,
     prefixes: Sequence[str],
     objective: Objective,
+    whole: bool = False,
 ) -> Found:
     """For each unit, the delta with which `v0 + delta` at `site`, at the subject's end, yields the target.
 
@@ -127,6 +130,9 @@ def search(
         key_site: Where keys are collected; a block at or below `site`.
         prefixes: Contexts; the first must be "".
         objective: Loss and limits.
+        whole: v0 is the output of the whole block, which is what MEMIT spreads over layers, in place of the
+            down-projection's. Not where the MLP's output is normalised before it joins the block's (gemma3, olmo2):
+            a change of the one is no change of the other there.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite.
@@ -149,9 +155,11 @@ def search(
         outs.run(**chunk.inputs(), use_cache=False)
     wide = torch.promote_types(outs[site.module].dtype, torch.float32)
     bare = torch.arange(0, count, len(prefixes), device=chunk.ids.device)
-    start = outs[site.module][bare, chunk.cut].to(wide)
+    above = _additive(model, chunk, site, ins[site.block], outs)
+    place = site.block if whole and above else site.module
+    start = outs[place][bare, chunk.cut].to(wide)
     keys = ins[key_site.module][:count, chunk.cut].to(wide).unflatten(0, (len(bare), -1)).mean(1)
-    upper = _upper(model, chunk, site, ins[site.block], outs)
+    upper = _upper(model, chunk, site, ins[site.block], outs, above)
     sizes = torch.tensor([len(unit) for unit in units], dtype=wide, device=start.device)
     norms = torch.zeros_like(sizes).index_add(0, chunk.owner[bare], start.norm(dim=1)) / sizes
     task = _Task(upper, rows, owner, norms, start.shape[1], objective)
@@ -159,7 +167,7 @@ def search(
     before = chunk.select(torch.arange(count, device=bare.device), columns=slice(0, chunk.cut + 1))
     hidden = ins[key_site.block][:count, : chunk.cut + 1]
     delta = task.delta.detach()[chunk.owner[bare]]
-    return Found(start, delta, keys, task.losses, task.steps, before, hidden, upper.tupled)
+    return Found(place, start, delta, keys, task.losses, task.steps, before, hidden, upper.tupled)
 
 
 @dataclass(frozen=True)
@@ -245,11 +253,14 @@ def _upper(
     site: Site,
     entered: torch.Tensor,
     outs: dict[str, torch.Tensor],
+    above: bool,
 ) -> _Upper:
-    """Cache what every step shares. `entered` is the input of the site's block, `outs` its outputs."""
+    """Cache what every step shares.
+
+    `entered` is the input of the site's block, `outs` its outputs; `above`: values are added to the block's output.
+    """
     blocks = decoder_layers(model)
     tupled = site.block in outs.tuples  # type: ignore[attr-defined]
-    above = _additive(model, chunk, site, entered, outs, tupled)
     index = site.index + above
     hidden, cut = outs[site.block] if above else entered, chunk.cut
     past: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
@@ -271,13 +282,9 @@ def _upper(
     return _Upper(model, chunk, blocks[index], index, inside, hidden[:, cut:], past, tupled)
 
 
+@torch.no_grad()
 def _additive(
-    model: PreTrainedModel,
-    chunk: Chunk,
-    site: Site,
-    entered: torch.Tensor,
-    outs: dict[str, torch.Tensor],
-    tupled: bool,
+    model: PreTrainedModel, chunk: Chunk, site: Site, entered: torch.Tensor, outs: dict[str, torch.Tensor]
 ) -> bool:
     """Whether what is added to the down-projection's output is added to the block's output: tried on one row.
 
@@ -285,7 +292,7 @@ def _additive(
     """
     row = chunk.select(torch.tensor([len(chunk.ids) - 1], device=chunk.ids.device))
     with (
-        replay(model, site.block, entered[-1:], tupled=tupled),
+        replay(model, site.block, entered[-1:], tupled=site.block in outs.tuples),  # type: ignore[attr-defined]
         replace(model, {site.module: lambda value: (1 + _PROBE) * value}),
         capture(model, site.block, stop=True) as seen,
     ):

@@ -17,9 +17,10 @@ No training and no change of the model: `handle.rewrite(question)` gives the pro
 
 Demonstrations are made from other facts and are of three types: *copy* repeats the fact's own prompt with its target,
 *update* asks a paraphrase and answers with the target, *retain* asks a neighbour and answers as before. The nearest by
-cosine of all-MiniLM-L6-v2 embeddings are taken, whatever their type. A neighbour's answer is taken to be the fact's
-`ground_truth` (so it is in CounterFact, whose neighbours share the old answer); facts without one give no *retain*
-demonstrations. Without `demonstrations` the new fact stands alone.
+cosine of all-MiniLM-L6-v2 embeddings are taken, whatever their type. The nearest last is the order of the original
+repository; EasyEdit's is the reverse. A neighbour's answer is the one in the record (`Fact.neighbour_answers`, filled
+from the study's, CounterFact's and zsRE's files by `bench.knowedit.read_records`); a neighbour without one gives no
+*retain* demonstration. Without `demonstrations` the new fact stands alone.
 
 With several edited facts the one whose prompt is nearest to the question is the new fact; the encoder is needed
 for this and for demonstrations only. Every question is rewritten: the method itself has no sense of scope, and its
@@ -49,13 +50,15 @@ __all__ = ["IKE", "demonstrations", "new_fact_prompt"]
 
 
 def demonstrations(facts: Sequence[Fact]) -> list[str]:
-    """All copy, update and retain demonstrations of `facts`, in that order for each fact."""
+    """All copy, update and retain demonstrations of `facts`, in that order for each fact.
+
+    Neighbours whose answer is not known are left out.
+    """
     found = []
     for fact in facts:
         uses = [(fact.prompt, fact.target)]
         uses += [(paraphrase, fact.target) for paraphrase in fact.paraphrases]
-        if fact.ground_truth is not None:
-            uses += [(neighbour, fact.ground_truth) for neighbour in fact.neighbours]
+        uses += [(neighbour, answer) for neighbour, answer in fact.answered_neighbours if answer is not None]
         found += [
             f"{new_fact_prompt(fact.prompt, fact.target, prompt)} {answer}\n\n" for prompt, answer in uses
         ]

@@ -6,14 +6,17 @@
 :reversible: yes
 :context: no
 
-As in ROME, an MLP's down-projection W maps a key (its input at the subject's last token) to a value. For each
-fact, MEMIT finds the value z at the *last* of the chosen layers that makes the model say the target. Then,
-from the first of these layers to the last, it collects the keys K `[m, E]` of all E facts and their present
-values at the last layer, spreads what is missing, R `[d, E]`, over the layers that are left, and solves
+As in ROME, an MLP's down-projection W maps a key (its input at the subject's last token) to what it adds to the
+residual stream. For each fact, MEMIT finds the state z of that stream, after the *last* of the chosen layers and
+at the same token, that makes the model say the target. Then, from the first of these layers to the last, it
+collects the keys K `[m, E]` of all E facts and their present states after the last layer, spreads what is missing,
+R `[d, E]`, over the layers that are left, and solves
 
     W <- W + R K^T (lam C + K K^T)^-1,     C = E[k k^T],
 
-in float64. Each layer sees the model as the layers before it left it.
+in float64. Each layer sees the model as the layers before it left it: what they brought the state nearer to z
+is not brought again. Where the MLP's output is normalised before it joins the stream (gemma3, olmo2), z is the last
+down-projection's output, as in ROME.
 
 Where this differs from published code: keys are the plain mean over the prompt and the sampled prefixes (the
 published mean gives the bare prompt half the weight); with fewer facts than key dimensions the same solution
@@ -99,7 +102,10 @@ def _factor(matrix: torch.Tensor, lam: float) -> Factor:
 
 
 class MEMIT(Editor):
-    """Mass editing. The defaults are those published for Llama-2-7B, the layers by relative depth.
+    """Mass editing.
+
+    The defaults of the search and `lam` are those published for Llama-2-7B. The blocks are not: 0.15 to 0.3 of the
+    depth are 5 to 10 of that model's 32, where 4 to 8 were published.
 
     Args:
         layers: Numbers of the edited blocks, in rising order; None takes those from 0.15 to 0.3 of the depth.
@@ -110,10 +116,10 @@ class MEMIT(Editor):
         ridge: Share of C's mean diagonal added to its diagonal; needed with fewer tokens than key dimensions.
         prefixes: Number of sampled contexts beside the bare prompt.
         lr: Adam's learning rate for the values.
-        steps: Most updates.
-        weight_decay: Weight of ||delta|| / ||v0||^2.
+        steps: Most updates. The published code counts evaluations of the loss, and makes one update less.
+        weight_decay: Weight of ||delta|| / ||z0||^2.
         kl_factor: Weight of the drift of "{subject} is a".
-        clamp: Largest ||delta|| / ||v0||.
+        clamp: Largest ||delta|| / ||z0||, z0 being the state before the edit.
         stop_below: Loss at which a fact's search ends.
         per_subject: Facts about one subject share one delta, found on all of them: their keys are nearly equal, so
             that deltas found one by one would be averaged away. False is the published behaviour.
@@ -195,7 +201,7 @@ class MEMIT(Editor):
             found = [
                 search(
                     model, tokenizer, units[i : i + self.batch_size], sites[-1], sites[0],
-                    prefixes=known.prefixes, objective=self._objective(),
+                    prefixes=known.prefixes, objective=self._objective(), whole=True,
                 )
                 for i in range(0, len(units), self.batch_size)
             ]  # fmt: skip
@@ -226,13 +232,13 @@ class MEMIT(Editor):
         wanted = torch.cat([each.start + each.delta for each in found])
         keys = torch.cat([each.keys for each in found])
         now = torch.cat([each.start for each in found])
-        walks = [_Walk(each.chunk, each.hidden, len(each.start), each.tupled) for each in found]
+        walks = [_Walk(each.chunk, each.hidden, len(each.start), each.place, each.tupled) for each in found]
         updates = []
         applied: list[WeightEdit] = []
         try:
             for i, site in enumerate(sites):
                 if i:
-                    pairs = [walk.step(model, sites[i - 1], site, sites[-1]) for walk in walks]
+                    pairs = [walk.step(model, sites[i - 1], site) for walk in walks]
                     keys, now = (torch.cat(parts).to(wanted) for parts in zip(*pairs, strict=True))
                 residual = (wanted - now) / (len(sites) - i)
                 update = (site, *memit_update(keys.T, residual.T, factors[site.index], self.lam))
@@ -254,16 +260,18 @@ class _Walk:
         chunk: Rows up to the subject, the bare prompt first for each fact.
         hidden: Input of that block, `[B, T, d]`.
         facts: Number of facts in the rows.
+        place: Name of the module whose output the values are.
         tupled: The model's blocks return tuples.
     """
 
     chunk: Chunk
     hidden: torch.Tensor
     facts: int
+    place: str
     tupled: bool
 
-    def step(self, model: PreTrainedModel, changed: Site, site: Site, last: Site) -> tuple[torch.Tensor, ...]:
-        """Run from `changed`'s block to `site`'s keys, and the bare prompts on to `last`'s values.
+    def step(self, model: PreTrainedModel, changed: Site, site: Site) -> tuple[torch.Tensor, ...]:
+        """Run from `changed`'s block to `site`'s keys, and the bare prompts on to the values.
 
         Returns:
             `(keys [E, m], values [E, d])`, float32 or wider.
@@ -282,7 +290,7 @@ class _Walk:
         prompts = self.chunk.select(bare, columns=slice(begin, None))
         with (
             replay(model, site.block, self.hidden[bare, begin:], tupled=self.tupled),
-            capture(model, last.module, stop=True) as values,
+            capture(model, self.place, stop=True) as values,
         ):
             values.run(**prompts.inputs(), use_cache=False)
-        return keys, values[last.module][:, -1].to(wide)
+        return keys, values[self.place][:, -1].to(wide)

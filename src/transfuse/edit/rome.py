@@ -78,7 +78,10 @@ def rome_update(
 
 
 class ROME(Editor):
-    """Rank-one model editing. The defaults are those published for Llama-2-7B, the layer by relative depth.
+    """Rank-one model editing.
+
+    The defaults of the search are those published for Llama-2-7B. The block is not: 0.3 of the depth is 10 of that
+    model's 32, where 5 was published.
 
     Args:
         layer: Number of the edited block; None takes the block at 0.3 of the depth (`edit.locate` finds others).
@@ -88,7 +91,7 @@ class ROME(Editor):
         ridge: Share of C's mean diagonal added to its diagonal; needed with fewer tokens than key dimensions.
         prefixes: Number of sampled contexts beside the bare prompt.
         lr: Adam's learning rate for the value.
-        steps: Most updates.
+        steps: Most updates. The published code counts evaluations of the loss, and makes one update less.
         weight_decay: Weight of ||delta|| / ||v0||^2.
         kl_factor: Weight of the drift of "{subject} is a".
         clamp: Largest ||delta|| / ||v0||.

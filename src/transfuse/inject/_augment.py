@@ -30,6 +30,8 @@ __all__ = [
     "target",
 ]
 
+_TOP_K = 50  # as published
+
 Render = Callable[[str, Sequence[str]], str]
 """(question, passages) -> the text the model continues with its answer."""
 
@@ -129,6 +131,8 @@ class LLMAugmenter:
         questions: m, triples per document.
         retries: Further attempts for a document's questions.
         temperature: Of the sampling.
+        top_k: Likeliest tokens that are sampled from, 0 for all. None takes the published 50, but leaves it to a
+            server, which may have no such setting.
         max_tokens: Length limit of one rewrite or one list of questions.
         seed: Of the sampling.
     """
@@ -141,20 +145,24 @@ class LLMAugmenter:
         questions: int = 3,
         retries: int = 3,
         temperature: float = 0.7,
+        top_k: int | None = None,
         max_tokens: int = 512,
         seed: int = 0,
     ):
         if questions < 1:
             raise BadInput("questions", questions, "is not a positive number", "ask for at least one")
-        if rewrites < 0 or retries < 0:
-            name, value = ("rewrites", rewrites) if rewrites < 0 else ("retries", retries)
-            raise BadInput(name, value, "is negative", "use 0 or more")
+        for name, value in (("rewrites", rewrites), ("retries", retries), ("top_k", top_k)):
+            if value is not None and value < 0:
+                raise BadInput(name, value, "is negative", "use 0 or more")
         self.backend, self.rewrites, self.questions, self.retries = backend, rewrites, questions, retries
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
+        self.top_k = (_TOP_K if backend.takes_top_k else 0) if top_k is None else top_k
 
     def keys(self, documents: Sequence[Document]) -> list[Any]:
         """The writer and its settings: what is sampled is not known beforehand."""
-        settings = [self.rewrites, self.questions, self.temperature, self.max_tokens, self.seed]
+        settings = [
+            self.rewrites, self.questions, self.temperature, self.top_k, self.max_tokens, self.seed
+        ]  # fmt: skip
         return [[self.backend.identity, *settings]] * len(documents)
 
     def augment(self, documents: Sequence[Document]) -> list[Augmentation | None]:
@@ -167,16 +175,17 @@ class LLMAugmenter:
                 break
             answers = self.backend.complete(
                 [_ASK.format(count=self.questions, passage=passages[i]) for i in waiting],
-                max_tokens=self.max_tokens, temperature=self.temperature, schema=_schema(self.questions),
-                seed=self.seed + attempt,
+                max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k or None,
+                schema=_schema(self.questions), seed=self.seed + attempt,
             )  # fmt: skip
             for i, answer in zip(waiting, answers):
                 triples[i] = _triples(answer.parsed, self.questions)
         made = [i for i, found in enumerate(triples) if found]
         asked = [_REWRITE.format(passage=passages[i]) for i in made for _ in range(self.rewrites)]
         written = self.backend.complete(
-            asked, max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed
-        )
+            asked, max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k or None,
+            seed=self.seed,
+        )  # fmt: skip
         results: list[Augmentation | None] = [None] * len(passages)
         for place, i in enumerate(made):
             texts = [c.text.strip() for c in written[place * self.rewrites : (place + 1) * self.rewrites]]
@@ -313,12 +322,11 @@ def prompt_for(tokenizer: PreTrainedTokenizerBase, *, cot: bool = False) -> Rend
     return lambda question, passages: plain_prompt(question, passages, cot=cot)
 
 
-def extract_answer(text: str) -> str:
-    """The short answer in a generated text, as the paper scores it.
+def extract_answer(text: str, *, cot: bool = False) -> str:
+    """The short answer in a generated text, as the paper scores it: up to the first full stop, line end or comma.
 
-    What follows the first "the answer is", where it occurs, up to the first full stop, line end or comma.
+    With `cot` it begins after the first "the answer is" (in these letters), where that occurs. Unlike the published
+    code this leaves colons at its beginning out, so that "the answer is: Paris" is a bare answer too.
     """
-    lowered = text.lower()
-    at = lowered.find("the answer is")
-    rest = text[at + len("the answer is") :] if at >= 0 else text
-    return re.split(r"[.\n,]", rest.strip(" \n:"), maxsplit=1)[0].strip()
+    rest = text.partition("the answer is")[2] if cot and "the answer is" in text else text
+    return re.split(r"[.\n,]", rest.strip().lstrip(": \n"), maxsplit=1)[0].strip()

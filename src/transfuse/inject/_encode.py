@@ -129,14 +129,16 @@ class DocumentParameterizer:
     def warm_up(self, triples: Sequence[Triple]) -> Factors:
         """An initialisation that has seen the task: one pass over questions without passages.
 
-        Give the result to a new parameterizer as `initial`.
+        Each answer is followed by the end-of-text token, which documents' sequences lack. Give the result to a new
+        parameterizer as `initial`.
 
         Args:
             triples: Questions and answers on other subjects (the paper: 600 to 2000 of them).
         """
         if not triples:
             raise BadInput("triples", [], "is empty", "give questions with answers")
-        examples = self._encoded([((), triple.question, target(triple, cot=self.cot)) for triple in triples])
+        sequences = [((), triple.question, target(triple, cot=self.cot)) for triple in triples]
+        examples = self._encoded(sequences, end=True)
         shapes = target_modules(self.model, self.targets)
         initial = self.initial or initial_factors(shapes, rank=self.rank, seed=self.seed)
         with evaluating(self.model), self._slot() as slot:
@@ -204,7 +206,9 @@ class DocumentParameterizer:
             )  # fmt: skip
         return self._encoded(plan(document, augmentation, kind=self.plan, cot=self.cot))
 
-    def _encoded(self, sequences: Sequence[tuple[tuple[str, ...], str, str]]) -> list[dict[str, list[int]]]:
+    def _encoded(
+        self, sequences: Sequence[tuple[tuple[str, ...], str, str]], *, end: bool = False
+    ) -> list[dict[str, list[int]]]:
         render = self._render()
         return encode_examples(
             self.tokenizer,
@@ -212,6 +216,7 @@ class DocumentParameterizer:
             loss_on="all",
             max_length=self._limit(),
             truncate=self.truncate,
+            end=end,
         )
 
     def _slot(self) -> LoraSlot:

@@ -76,6 +76,7 @@ class Options:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     top: int = 0
+    top_k: int | None = None
 
 
 class Row(NamedTuple):
@@ -94,9 +95,11 @@ class Backend(ABC):
     Attributes:
         usage: What was asked so far.
         ranks: Whether `next_tokens` can be asked.
+        takes_top_k: Whether `top_k` can be asked for without knowing more of what answers.
     """
 
     ranks = False
+    takes_top_k = True
 
     def __init__(self) -> None:
         self.usage = Usage()
@@ -116,6 +119,7 @@ class Backend(ABC):
         *,
         max_tokens: int,
         temperature: float = 0.0,
+        top_k: int | None = None,
         schema: Mapping[str, Any] | None = None,
         stop: Sequence[str] | None = None,
         seed: int | None = None,
@@ -126,6 +130,8 @@ class Backend(ABC):
             prompts: Strings (one user message each) or lists of messages.
             max_tokens: Length limit of each answer, in tokens.
             temperature: 0 takes the likeliest token each time; above 0 samples.
+            top_k: Sample from this many likeliest tokens only; None from all (of a server: as it is set up). It is not
+                in the OpenAI protocol: servers that know it are vLLM, llama.cpp and others.
             schema: A JSON schema the answer must satisfy.
             stop: Texts that end an answer; they are left off.
             seed: Of the sampling. Equal prompts of one call still get different samples.
@@ -137,7 +143,7 @@ class Backend(ABC):
             BadInput: an argument that cannot be used, or a server that refuses the request.
             Unavailable: the server cannot be reached, or kept failing.
         """
-        options = _options(max_tokens, temperature, schema, stop, seed)
+        options = _options(max_tokens, temperature, top_k, schema, stop, seed)
         seen: Counter[str] = Counter()
         rows = []
         for i, prompt in enumerate(_listed(prompts)):
@@ -202,19 +208,26 @@ def _messages(prompt: Prompt, index: int) -> Messages:
 
 
 def _options(
-    max_tokens: int, temperature: float, schema: Any, stop: Sequence[str] | None, seed: int | None
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    schema: Any,
+    stop: Sequence[str] | None,
+    seed: int | None,
 ) -> Options:
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise BadInput("max_tokens", max_tokens, "is not a whole number from 1", "give a length in tokens")
     if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
         raise BadInput("temperature", temperature, "is not a number from 0", "use 0 for the likeliest answer")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise BadInput("top_k", top_k, "is not a whole number from 1", "give such a number, or None for all")
     if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
         raise BadInput("stop", stop, "is not a list of non-empty texts", 'give a list such as ["\\n"]')
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise BadInput("seed", seed, "is not a whole number from 0", "give such a seed, or None")
     if schema is not None:
         _validator(schema)
-    return Options(max_tokens, float(temperature), schema, tuple(stop or ()), seed)
+    return Options(max_tokens, float(temperature), schema, tuple(stop or ()), seed, top_k=top_k)
 
 
 def _validator(schema: Any) -> Any:

@@ -19,7 +19,7 @@ class _Cached(Backend):
     def __init__(self, backend: Backend, folder: Path) -> None:
         super().__init__()
         self.backend, self.folder = backend, folder
-        self.ranks = backend.ranks
+        self.ranks, self.takes_top_k = backend.ranks, backend.takes_top_k
 
     @property
     def identity(self) -> str:
@@ -33,6 +33,8 @@ class _Cached(Backend):
         }
         if not options.top:
             del shared["top"]  # answers have no such field: their names are older than it
+        if options.top_k is None:
+            del shared["top_k"]  # likewise
         files = []
         for row in rows:
             key = sha256_json({**shared, "messages": row.messages, "draw": row.draw})

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    TopKLogitsWarper,
 )
 
 from ..errors import BadInput
@@ -126,6 +127,7 @@ def generate_rows(
     max_new_tokens: int,
     batch_size: int,
     temperature: float = 0.0,
+    top_k: int | None = None,
     seed: int | None = None,
     draws: Sequence[int] | None = None,
     stop: Sequence[str] = (),
@@ -140,6 +142,7 @@ def generate_rows(
         max_new_tokens: Length limit, in tokens.
         batch_size: Rows per forward pass.
         temperature: 0 is greedy.
+        top_k: Likeliest tokens that are sampled from, of those `matcher` allows; None for all.
         seed: Of the sampling; None takes one from the system.
         draws: Number of each row among its equals; with it, equal rows get different samples.
         stop: Texts that end a row; the returned text still holds what ended it.
@@ -161,6 +164,8 @@ def generate_rows(
         processors = LogitsProcessorList()
         if matcher is not None:
             processors.append(_Constrain([matcher.deep_copy() for _ in chosen], width))
+        if temperature > 0 and top_k is not None:
+            processors.append(TopKLogitsWarper(top_k))
         if temperature > 0:
             seeds = [_row_seed(seed, rows[i], draws[i] if draws else 0) for i in chosen]
             processors.append(_Gumbel(temperature, [generator(s) for s in seeds]))

@@ -59,8 +59,8 @@ class Local(Backend):
         ids = [self._render(row.messages) for row in rows]
         generated = generate_rows(
             self.model, self.tokenizer, ids, max_new_tokens=options.max_tokens, batch_size=self.batch_size,
-            temperature=options.temperature, seed=options.seed, draws=[row.draw for row in rows],
-            stop=options.stop, matcher=matcher,
+            temperature=options.temperature, top_k=options.top_k, seed=options.seed,
+            draws=[row.draw for row in rows], stop=options.stop, matcher=matcher,
         )  # fmt: skip
         return [
             completion(text, len(row), written, truncated, options)

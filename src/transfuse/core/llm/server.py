@@ -38,6 +38,7 @@ class OpenAICompatible(Backend):
     """
 
     ranks = True
+    takes_top_k = False  # vLLM, llama.cpp and others know it, the protocol does not
 
     def __init__(
         self,
@@ -93,6 +94,8 @@ class OpenAICompatible(Backend):
             body["response_format"] = {"type": "json_schema", "json_schema": wanted}
         chat = isinstance(row.messages, list) and isinstance(row.messages[0], dict)
         extra = dict(self.extra_body)
+        if options.top_k is not None:
+            extra["top_k"] = options.top_k
         if options.top and chat:
             body |= {"logprobs": True, "top_logprobs": options.top}
             if row.messages[-1]["role"] == "assistant":  # not in the protocol; vLLM's names
