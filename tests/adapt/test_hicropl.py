@@ -398,6 +398,41 @@ def test_learning_moves_the_prompts_alone():
         model.learn(images(), labels, lr=0.0)
     with pytest.raises(BadInput, match="epochs"):
         model.learn(images(), labels, epochs=0)
+    with pytest.raises(BadInput, match="weight_decay"):
+        model.learn(images(), labels, weight_decay=-1e-4)
+
+
+def test_rates_and_decay_against_adam_by_hand():
+    """One update per epoch: at 1e-5, then along a cosine that starts from the peak; the penalty is in the gradient."""
+    labels, lr, eps, decay = torch.arange(12) % 3, 0.01, 1e-3, 0.5
+    model, slow = make(fresh()), make(fresh())
+    model.learn(images(), labels, epochs=4, batch_size=12, lr=lr, eps=eps, weight_decay=decay)
+    trained = list(slow.learner.parameters())
+    first, second = ([torch.zeros_like(p) for p in trained] for _ in range(2))
+    rates = [1e-5, lr, lr * (1 + math.cos(math.pi / 4)) / 2, lr * (1 + math.cos(math.pi / 2)) / 2]
+    for step, rate in enumerate(rates, 1):
+        found = torch.autograd.grad(slow(images(), labels).loss, trained)
+        with torch.no_grad():
+            for p, gradient, m, v in zip(trained, found, first, second, strict=True):
+                own = gradient + decay * p
+                m.mul_(0.9).add_(0.1 * own)
+                v.mul_(0.999).add_(0.001 * own * own)
+                p -= rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + eps)
+    for name, expected in state(slow.learner).items():
+        assert torch.allclose(state(model.learner)[name], expected, atol=1e-4), name
+    start = state(make(fresh()).learner)
+    assert max((t - start[name]).abs().max() for name, t in state(slow.learner).items()) > 0.02
+
+
+def test_the_default_penalty_is_dassls():
+    labels = torch.arange(12) % 3
+    found = []
+    for options in ({}, {"weight_decay": 5e-4}, {"weight_decay": 0.0}):
+        model = make(fresh())
+        model.learn(images(), labels, epochs=3, batch_size=12, **options)
+        found.append(state(model.learner))
+    same = [all(torch.equal(found[0][n], other[n]) for n in other) for other in found[1:]]
+    assert same == [True, False]
 
 
 def test_the_first_epoch_is_slow():
@@ -412,6 +447,9 @@ def test_the_first_epoch_is_slow():
 def test_other_flows_learn(flow):
     model = adapt(fresh(), flow=flow)
     assert answers(model).isfinite().all()
+    start, now = state(make(fresh(), flow=flow).learner), state(model.learner)
+    apart = {name for name in start if "prompts" not in name}  # no gradient reaches them: no penalty either
+    assert apart and all(torch.equal(now[name], start[name]) for name in apart)
     assert torch.equal(answers(model), answers(model)) == (flow == "independent")
 
 
@@ -428,6 +466,16 @@ def test_bf16_encoders():
     model = adapt(fresh().to(torch.bfloat16))
     assert answers(model).dtype == torch.float32 and answers(model).isfinite().all()
     assert all(p.dtype == torch.float32 for p in model.learner.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+def test_descriptions_may_have_spaces_for_underscores():
+    """As published description files do; under the name itself they come first."""
+    expected = make(fresh()).frozen_text
+    texts = {name.replace("_", " "): some for name, some in TEXTS.items()}
+    assert torch.equal(make(fresh(), descriptions=texts).frozen_text, expected)
+    both = {**texts, "old dog": ["it flies"], "old_dog": TEXTS["old_dog"]}
+    assert torch.equal(make(fresh(), descriptions=both).frozen_text, expected)
 
 
 def test_missing_descriptions_warn():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from pathlib import Path
 
@@ -142,21 +143,42 @@ def test_normalised():
     assert normalised(omega, "none") is omega
     torch.testing.assert_close(normalised(omega, "mean"), torch.tensor([[0.25, 2.0], [0.75, -1.0]]))
     torch.testing.assert_close(normalised(omega, "softmax").sum(0), torch.ones(2))
+    dropped = torch.tensor([[0.0, 0.0], [0.0, -2.0]])
+    assert normalised(dropped, "mean").tolist() == [[0, 0], [0, 1]]
 
 
-def test_fusion_against_loops():
+@pytest.mark.parametrize("normalise", ["mean", "softmax"])
+def test_scales_are_dropped_before_they_are_normalised(tiny_lm, normalise):
+    layer = layers(made(tiny_lm, normalise=normalise, dropout=0.5))[0].train()
+    omega = layer.scalearn_omega["default"]
+    assert omega.shape == (3, 32)
+    with seeded(0):
+        dropped = torch.nn.functional.dropout(omega, 0.5)
+    with seeded(0):
+        found = layer.scales("default").tolist()
+    kept = dropped != 0
+    assert kept.any() and not kept.all() and not kept.any(0).all()  # some columns have lost all three
+    for i, column in enumerate(dropped.T.tolist()):
+        own = [math.exp(w) if normalise == "softmax" else w for w in column]
+        for s in range(3):
+            assert found[s][i] == pytest.approx(own[s] / sum(own) if sum(own) else 0, rel=1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_fusion_against_loops(apart):
     random, d, n = generator(2), 3, 4
     residual, outputs = torch.randn(2, d, generator=random), torch.randn(2, n, d, generator=random)
     query, key = (torch.randn(d, d + 1, generator=random) for _ in range(2))
     value = torch.randn(d, d, generator=random)
-    found = fuse(residual, outputs, query, key, value)
+    read = torch.randn(2, d, generator=random) if apart else residual
+    found = fuse(residual, outputs, query, key, value, read if apart else None)
 
     def times(matrix, vector, bias=True):
         rows = [sum(m * v for m, v in zip(row, vector, strict=False)) for row in matrix.tolist()]
         return [a + row[-1] for a, row in zip(rows, matrix.tolist(), strict=True)] if bias else rows
 
     for b in range(2):
-        asked = times(query, residual[b].tolist())
+        asked = times(query, read[b].tolist())
         scores = [sum(p * q for p, q in zip(asked, times(key, u), strict=True)) for u in outputs[b].tolist()]
         attention = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0).tolist()
         values = [times(value, u, bias=False) for u in outputs[b].tolist()]
@@ -240,6 +262,15 @@ def test_start_and_dropout(tiny_lm):
     layer.train()
     dropped = layer.scales("default")
     assert ((dropped == 0) | (dropped == 2 * omega)).all() and 0 < (dropped == 0).sum() < omega.numel()
+
+
+def test_fusion_starts_as_published(tiny_lm):
+    layer = layers(made(tiny_lm, variant="fusion"))[0]
+    for part in (layer.scalearn_query["default"], layer.scalearn_key["default"]):
+        assert part.shape == (32, 33) and not part[:, -1].any()
+        assert part[:, :-1].std().item() == pytest.approx(0.02, rel=0.1)
+        assert part[:, :-1].abs().max() > 0.04 and abs(part.mean().item()) < 2e-3
+    assert torch.equal(layer.scalearn_value["default"].data, torch.eye(32) + 1e-6)
 
 
 def test_gradients_reach_the_scales_only(tiny_lm):
@@ -368,13 +399,195 @@ def test_several_at_once(tiny_lm, tmp_path):
     assert torch.equal(logits(model), second)
 
 
-def classifier(seed=0):
+# --- models like BERT --------------------------------------------------------------------------------------
+
+
+def classifier(seed=0, kind="bert"):
     config = AutoConfig.for_model(
-        "bert", vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, num_labels=2, pad_token_id=0,
+        kind, vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, num_labels=2, pad_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     with seeded(seed):
-        return AutoModelForSequenceClassification.from_config(config).eval()
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        for name, parameter in model.named_parameters():  # norms that do something
+            if "LayerNorm" in name:
+                parameter.data.add_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def bert_sources(folder, count, kind="bert"):
+    """Bottleneck adapters of unequal widths, at the ends of both blocks."""
+    found = []
+    for seed in range(count):
+        model = bottleneck(classifier(kind=kind), r=2 + seed, seed=seed)
+        found.append(save(shaken(model, "bottleneck_", seed, 0.5), folder / f"source{seed}"))
+    return found
+
+
+def affine(x, weight, bias):
+    return [
+        sum(w * v for w, v in zip(row, x, strict=True)) + b
+        for row, b in zip(weight.tolist(), bias.tolist(), strict=True)
+    ]
+
+
+def plus(one, other):
+    return [a + b for a, b in zip(one, other, strict=True)]
+
+
+def layer_norm(x, layer):
+    mean = sum(x) / len(x)
+    size = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + layer.eps)
+    return [
+        (v - mean) / size * w + b
+        for v, w, b in zip(x, layer.weight.tolist(), layer.bias.tolist(), strict=True)
+    ]
+
+
+def adds(folder, number, h):
+    """What one adapter adds in block `number`, from its file."""
+    tensors = read_tensors(Path(folder) / "adapter_model.safetensors")[0]
+    start = f"base_model.model.bert.encoder.layer.{number}.output.bottleneck_"
+    hidden = affine(h, tensors[start + "down"], tensors[start + "inner"])
+    return affine([max(v, 0.0) for v in hidden], tensors[start + "up"], tensors[start + "outer"])
+
+
+def published(base, combine, dropped=False):
+    """Logits by loops: adapters read the normalised sum, add to the dense output, and what comes out is normalised.
+
+    `combine(number, h, res)` is the sum; with `dropped`, the blocks' dropout takes all of the dense output away.
+    """
+    hidden = base.bert.embeddings(IDS)
+    for number, layer in enumerate(base.bert.encoder.layer):
+        attended = layer.attention(hidden)[0]
+        inner = layer.intermediate(attended)
+        block, rows = layer.output, []
+        for x, before in zip(inner.flatten(0, 1).tolist(), attended.flatten(0, 1).tolist(), strict=True):
+            res = [0.0] * len(before) if dropped else affine(x, block.dense.weight, block.dense.bias)
+            h = layer_norm(plus(res, before), block.LayerNorm)
+            rows.append(layer_norm(plus(combine(number, h, res), before), block.LayerNorm))
+        hidden = torch.tensor(rows).view_as(hidden)
+    return base.classifier(base.bert.pooler(hidden))
+
+
+def fused(layer, h, each):
+    """AdapterFusion's sum of `each`, the query read from h."""
+    query, key, value = (getattr(layer, f"scalearn_{part}")["default"] for part in ("query", "key", "value"))
+    asked = affine(h, query[:, :-1], query[:, -1])
+    scores = [
+        sum(a * b for a, b in zip(asked, affine(u, key[:, :-1], key[:, -1]), strict=True)) for u in each
+    ]
+    weights = [math.exp(score) / sum(math.exp(other) for other in scores) for score in scores]
+    mixed = [sum(w * u[i] for w, u in zip(weights, each, strict=True)) for i in range(len(h))]
+    return affine(mixed, value, torch.zeros(len(h)))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("variant", ["one", "vector", "uniform", "fusion"])
+def test_bert_reads_the_normalised_sum(tmp_path, variant, dropped):
+    folders = bert_sources(tmp_path, 1 if variant == "one" else 3)
+    if variant == "one":
+        model = load(classifier(), folders[0])
+    else:
+        model = shaken(
+            scalearn(classifier(), sources=folders, variant=variant, dropout=0.0), "scalearn_", 3, 0.5
+        )
+    places = [model.base_model.model.get_submodule(f"bert.encoder.layer.{i}.output") for i in range(2)]
+
+    def combine(number, h, res):
+        each = [adds(folder, number, h) for folder in folders]
+        if variant == "one":
+            return plus(res, each[0])
+        if variant == "fusion":
+            return plus(res, fused(places[number], h, each))
+        for u, scale in zip(each, places[number].scalearn_omega["default"].tolist(), strict=True):
+            res = [
+                r + v * scale[i if variant == "vector" else 0]
+                for i, (r, v) in enumerate(zip(res, u, strict=True))
+            ]
+        return res
+
+    if dropped:  # the blocks' own dropout, at a rate that leaves nothing to chance, is on res alone
+        for place in places:
+            place.base_layer.dropout.p = 1.0
+            place.base_layer.dropout.train()
+    with torch.no_grad():
+        expected = published(classifier(), combine, dropped)
+        for wrong in (lambda _, h, res: res, lambda number, h, res: combine(number, res, res)):
+            assert not torch.allclose(expected, published(classifier(), wrong, dropped), atol=1e-2)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_ends_of_blocks_hold_what_linear_layers_do(tmp_path, kind):
+    """Nothing added at first, disabled, another adapter beside it, saved, folded, undone."""
+    plain = logits(classifier(kind=kind))
+    assert torch.equal(logits(bottleneck(classifier(kind=kind), r=2)), plain)
+    sources = bert_sources(tmp_path, 2, kind)
+    base = classifier(kind=kind)
+    before = {n: t.clone() for n, t in base.state_dict().items()}
+    model = shaken(scalearn(base, sources=sources), "scalearn_omega", 1, 0.5)
+    assert [name for name, m in model.base_model.model.named_modules() if isinstance(m, ScaLearnLinear)] == [
+        f"{kind}.encoder.layer.{i}.output" for i in range(2)
+    ]
+    found = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    folded = fold(model, classifier(kind=kind), tmp_path / "folded")
+    torch.testing.assert_close(logits(folded), found, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(load(classifier(kind=kind), tmp_path / "folded")), logits(folded))
+    with pytest.raises(NotApplicable, match="merged"):
+        model.merge_adapter()
+    model.add_adapter("other", ScaLearnConfig(sources=[str(sources[0])], variant="uniform"))
+    model.set_adapter("other")
+    other = logits(model)
+    assert not torch.allclose(other, found, atol=1e-3)
+    save(model, tmp_path / "other")
+    assert torch.equal(logits(load(classifier(kind=kind), tmp_path / "other")), other)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), found)
+    back = restore(model)
+    assert all(torch.equal(back.state_dict()[n], t) for n, t in before.items())
+    assert back.state_dict().keys() == before.keys()
+
+
+def test_linear_layers_that_end_blocks_stand_for_them(tmp_path):
+    def sites(model):
+        return [
+            n.removesuffix(".bottleneck_down") for n, _ in model.named_modules() if "bottleneck_down" in n
+        ]
+
+    def adapted(targets):
+        return sites(bottleneck(classifier(), r=2, target_modules=targets).base_model.model)
+
+    layer = "bert.encoder.layer.{}.{}"
+    ends = [layer.format(i, "output") for i in range(2)]
+    assert adapted(None) == adapted(r".*layer\.\d+\.output\.dense") == adapted(ends) == ends
+    assert adapted(["1.output.dense"]) == ends[1:]
+    assert adapted(["output.dense"]) == [
+        layer.format(i, p) for i in range(2) for p in ("attention.output", "output")
+    ]
+    assert adapted(["intermediate.dense"]) == [layer.format(i, "intermediate.dense") for i in range(2)]
+    with pytest.raises(NotApplicable, match="LayerNorm"):
+        adapted(["output.LayerNorm"])
+    with pytest.raises(BadInput, match="target_modules"):
+        adapted(["no_such_layer"])
+    two = bottleneck(classifier(), r=2)
+    two.add_adapter("other", BottleneckConfig(r=3, target_modules=["output.dense"]))
+    assert {n for n, p in two.named_parameters() if "bottleneck_down.other" in n} >= {
+        f"base_model.model.{end}.bottleneck_down.other" for end in ends
+    }
+    config = LoraConfig(r=2, target_modules=["output.dense"], task_type="SEQ_CLS")
+    lora = get_peft_model(classifier(), config)
+    shaken(lora, "lora_B", 1).save_pretrained(tmp_path / "lora")
+    model = scalearn(classifier(), sources=[tmp_path / "lora"])  # LoRA's places stay linear layers
+    found = logits(model)
+    assert (
+        all(isinstance(layer.base_layer, torch.nn.Linear) for layer in layers(model))
+        and len(layers(model)) == 4
+    )
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), found, rtol=1e-4, atol=1e-4)
 
 
 def test_a_classifier_learns_from_sources(tmp_path):
@@ -382,7 +595,7 @@ def test_a_classifier_learns_from_sources(tmp_path):
     rows = [{"input_ids": [5 + i, 6, 7 + i % 3], "labels": i % 2} for i in range(12)]
     for seed in (0, 1):
         one = bottleneck(classifier(), r=4, seed=seed)
-        assert sum("output.dense.bottleneck_down" in n for n, _ in one.named_parameters()) == 2
+        assert sum("output.bottleneck_down" in n for n, _ in one.named_parameters()) == 2
         assert not any("attention" in n for n, p in one.named_parameters() if p.requires_grad)
         fit(one, rows, lr=1e-2, epochs=2, seed=seed)
         save(one, tmp_path / str(seed))

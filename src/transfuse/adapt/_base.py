@@ -37,6 +37,7 @@ __all__ = [
     "Tuner",
     "base_again",
     "fill_adapter",
+    "is_target",
     "layer_spectrum",
     "linear_targets",
     "new_kind",
@@ -104,13 +105,11 @@ def base_again(model: PeftModel, kind: type[Tuner]) -> Any:
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, kind):
         raise BadInput("model", type(model).__name__, "has no such adapters", "pass what the method returned")
-    whole = {
-        n: m.original_module for n, m in tuner.model.named_modules() if isinstance(m, ModulesToSaveWrapper)
-    }
+    for name, module in list(tuner.model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # before PEFT does, which wants each to have one weight
+            parent, _, child = name.rpartition(".")
+            setattr(tuner.model.get_submodule(parent), child, module.original_module)
     base = tuner.unload()
-    for name, module in whole.items():
-        parent, _, child = name.rpartition(".")
-        setattr(base.get_submodule(parent), child, module)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in (tuner.trainable_before or ()))
     return base
@@ -140,6 +139,13 @@ def target_names(model: nn.Module, targets: Targets) -> str | list[str]:
     return targets if isinstance(targets, str) else list(targets)
 
 
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether `targets` (see `target_names`), a regular expression or names and endings, name the layer `name`."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def linear_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
     """The layers that `targets` (see `target_names`) name, in the model's order.
 
@@ -148,13 +154,7 @@ def linear_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
         NotApplicable: a match that is not a plain `nn.Linear`: transposed (GPT-2's Conv1D), another kind of
             layer, quantised, on the meta device, or with a weight that another layer shares.
     """
-
-    def named(name: str) -> bool:
-        if isinstance(targets, str):
-            return re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets)
-
-    found = {name: layer for name, layer in model.named_modules() if named(name)}
+    found = {name: layer for name, layer in model.named_modules() if is_target(name, targets)}
     if not found:
         endings = sorted(
             {n.rpartition(".")[2] for n, layer in model.named_modules() if type(layer) is nn.Linear}

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from transfuse.adapt._base import Tuner, linear_targets, new_kind, read_adapter, register
+from transfuse.adapt._base import Tuner, is_target, linear_targets, new_kind, read_adapter, register
 from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
 
 __all__ = [
@@ -20,17 +20,81 @@ __all__ = [
     "BottleneckLinear",
     "BottleneckModel",
     "Source",
-    "default_targets",
+    "apart",
+    "last_linear",
+    "places",
     "read_source",
 ]
 
-PLACES = {"bert": r".*layer\.\d+\.output\.dense", "roberta": r".*layer\.\d+\.output\.dense"}
+BLOCK = r"(.*\.)?layer\.\d+\.output"  # where BERT-type models end a feed-forward block
 
 
-def default_targets(model: nn.Module) -> str | list[str]:
-    """The last linear layer of each feed-forward block, which the adapter comes after."""
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    return PLACES.get(kind, ["down_proj"])
+def ends_block(module: nn.Module) -> bool:
+    """Whether it is `LayerNorm(dropout(dense(x)) + input)`, by which BERT-type models end their blocks."""
+    parts = dict(module.named_children())
+    if parts.keys() != {"dense", "dropout", "LayerNorm"}:
+        return False
+    return isinstance(parts["dense"], nn.Linear) and isinstance(parts["LayerNorm"], nn.LayerNorm)
+
+
+def last_linear(layer: Any) -> nn.Linear:
+    """The linear layer whose output adapters on `layer` add to: itself, or the one in the end of a block."""
+    found: nn.Linear = layer.dense if ends_block(layer) else layer
+    return found
+
+
+def apart(
+    layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """A layer's pass, taken apart where bottleneck adapters come in.
+
+    Args:
+        layer: A linear layer, or the end of a block (see `ends_block`).
+        x: What it is called with.
+        args: Likewise: for the end of a block, the block's residual input.
+        kwargs: Likewise.
+
+    Returns:
+        h, which adapters read; res, which they add to; and what turns the sum into the layer's output.
+    """
+    if not ends_block(layer):
+        out = layer(x, *args, **kwargs)
+        return out, out, lambda total: total
+    before = args[0] if args else kwargs["input_tensor"]
+    res = layer.dropout(layer.dense(x))
+
+    def close(total: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = layer.LayerNorm(total + before)
+        return normed
+
+    return close(res), res, close
+
+
+def places(model: nn.Module, targets: str | Sequence[str] | None) -> str | list[str]:
+    """Where bottleneck adapters go: on the linear layers named, or on the end of a block instead of its linear layer.
+
+    Args:
+        model: May have adapters already.
+        targets: As `linear_targets` takes them; blocks' ends may be named themselves. None: the feed-forward blocks.
+
+    Raises:
+        BadInput: nothing matches.
+        NotApplicable: a match that is no plain linear layer.
+    """
+    plain = {
+        name.replace(".base_layer", ""): module
+        for name, module in model.named_modules()
+        if not isinstance(module, BaseTunerLayer)
+    }
+    ends = [name for name, module in plain.items() if ends_block(module)]
+    if targets is None:
+        targets = BLOCK if any(is_target(name, BLOCK) for name in ends) else ["down_proj"]
+    inside = {f"{name}.dense": name for name in ends}
+    found = dict.fromkeys(inside.get(name, name) for name in plain if ends and is_target(name, targets))
+    chosen: str | list[str] = list(found) or (targets if isinstance(targets, str) else list(targets))
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        linear_targets(model, [f"{name}.dense" if name in ends else name for name in found] or chosen)
+    return chosen
 
 
 @dataclass
@@ -39,7 +103,8 @@ class BottleneckConfig(PeftConfig):
 
     Attributes:
         r: Width of the bottleneck.
-        target_modules: Names or endings of the linear layers that adapters come after, or a regular expression.
+        target_modules: Names or endings of the linear layers that adapters come after, or a regular expression;
+            where such a layer ends a block of a BERT-type model, the end as a whole is put here.
         modules_to_save: Further modules to train whole.
     """
 
@@ -55,7 +120,7 @@ class BottleneckConfig(PeftConfig):
 
 
 class BottleneckLinear(nn.Module, BaseTunerLayer):
-    """A frozen linear layer with `h + W_up relu(W_down h + b) + c` after it, per adapter."""
+    """A frozen linear layer, or end of a block, with `res + W_up relu(W_down h + b) + c` per adapter (see `apart`)."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_inner", "bottleneck_up", "bottleneck_outer")
     bottleneck_down: Any
@@ -63,7 +128,7 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
     set_adapter: Callable[..., None]
     _active_adapter: str | list[str]
 
-    def __init__(self, base_layer: nn.Linear):
+    def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         for name in self.adapter_layer_names:
@@ -73,7 +138,8 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, name: str, config: BottleneckConfig) -> None:
         """Add the adapter `name`, which adds nothing yet."""
-        width, like = self.base_layer.out_features, self.base_layer.weight
+        linear = last_linear(self.base_layer)
+        width, like = linear.out_features, linear.weight
         make: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         bound = 1 / math.sqrt(width)
         values = {
@@ -87,16 +153,16 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output plus what the active adapters make of it."""
-        h = out = self.base_layer(x, *args, **kwargs)
+        """The base layer's output with what the active adapters add."""
+        h, out, close = apart(self.base_layer, x, *args, **kwargs)
         if self.disable_adapters:
-            return out
+            return h
         for name in self.active_adapters:
             if name in self.bottleneck_down:
                 down, inner, up, outer = (getattr(self, part)[name] for part in self.adapter_layer_names)
                 hidden = torch.relu(nn.functional.linear(h.to(down.dtype), down, inner))
                 out = out + nn.functional.linear(hidden, up, outer).to(out.dtype)
-        return out
+        return close(out)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises NotApplicable."""
@@ -110,13 +176,14 @@ class BottleneckModel(Tuner):
     tuner_layer_cls = BottleneckLinear
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model)
+        peft_config.target_modules = places(self.model, peft_config.target_modules)
         return peft_config
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            linear_targets(model, peft_config.target_modules)
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        if ends_block(new_module):  # put back: it has no weight of its own, which PEFT would hand on
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
@@ -124,7 +191,7 @@ class BottleneckModel(Tuner):
     ) -> None:  # fmt: skip
         layer = target
         if not isinstance(layer, self.tuner_layer_cls):
-            if not isinstance(target, nn.Linear):
+            if not isinstance(target, nn.Linear) and not ends_block(target):
                 remedy = "target the layers that the first adapter sits on"
                 raise NotApplicable("target_modules", current_key, "is no linear layer", remedy)
             layer = self.tuner_layer_cls(target)
@@ -144,7 +211,7 @@ class Source:
     """One adapter read as a source.
 
     Attributes:
-        kind: "bottleneck" (reads the layer's output, through a ReLU) or "lora" (reads its input).
+        kind: "bottleneck" (reads the layer's output, through a ReLU; see `apart`) or "lora" (reads its input).
         layers: Layer -> `down` `[r, in]`, `inner` `[r]`, `up` `[d, r]` and `outer` `[d]`, in float32; LoRA's
             scaling is in `up`, and its `inner` and `outer` are zero.
     """

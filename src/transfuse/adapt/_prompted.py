@@ -175,7 +175,11 @@ def class_prompts(towers: Towers, tokenizer: Any, names: Sequence[str], n_ctx: i
 
 
 def first_prompt(towers: Towers, tokenizer: Any, n_ctx: int, text: str = "a photo of a") -> Tensor | None:
-    """Embeddings of the first n tokens of `text`, `[n, width]`; None where n is above 4 or the text is shorter."""
+    """Embeddings of the first n tokens of `text`, `[n, width]`; None where n is above 4 or the text is shorter.
+
+    With n below 4 the released code keeps the words of `text` that are left over, unlearnt, before each class name;
+    here they are left out.
+    """
     ids = [i for i in tokenizer(text)["input_ids"] if i not in tokenizer.all_special_ids]
     if n_ctx > 4 or len(ids) < n_ctx:
         return None

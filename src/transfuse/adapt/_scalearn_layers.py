@@ -11,8 +11,15 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from transfuse.adapt._base import new_kind, register
-from transfuse.adapt._bottleneck import BottleneckModel, read_source, same_places
+from transfuse.adapt._base import linear_targets, new_kind, register
+from transfuse.adapt._bottleneck import (
+    BottleneckModel,
+    apart,
+    last_linear,
+    places,
+    read_source,
+    same_places,
+)
 from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
 
 __all__ = [
@@ -47,10 +54,16 @@ def scale_and_add(residual: torch.Tensor, outputs: torch.Tensor, omega: torch.Te
 
 
 def normalised(omega: torch.Tensor, how: str) -> torch.Tensor:
-    """Scales `[S, d]` as they are ("none"), divided by their sum over sources ("mean"), or their softmax."""
+    """Scales `[S, d]` as they are ("none"), divided by their sum over sources ("mean"), or their softmax.
+
+    Zeros in all sources, which dropout leaves now and then, stay zeros when divided.
+    """
     if how == "none":
         return omega
-    return omega / omega.sum(0, keepdim=True) if how == "mean" else torch.softmax(omega, 0)
+    if how == "softmax":
+        return torch.softmax(omega, 0)
+    total = omega.sum(0, keepdim=True)
+    return omega / total.masked_fill((omega == 0).all(0, keepdim=True), 1)
 
 
 def fold_scales(
@@ -77,8 +90,9 @@ def fuse(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    h: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """AdapterFusion: `residual + sum_s a_s V U_s` with `a = softmax_s((Q h + q) . (K U_s + k))`, h the residual.
+    """AdapterFusion: `residual + sum_s a_s V U_s` with `a = softmax_s((Q h + q) . (K U_s + k))`.
 
     Args:
         residual: `[..., d]`.
@@ -86,11 +100,12 @@ def fuse(
         query: `[d, d + 1]`, Q and its bias as the last column.
         key: `[d, d + 1]`, likewise.
         value: `[d, d]`.
+        h: `[..., d]`, what the adapters read; None where that is the residual.
 
     Returns:
         `[..., d]`.
     """
-    asked = nn.functional.linear(residual, query[:, :-1], query[:, -1])
+    asked = nn.functional.linear(residual if h is None else h, query[:, :-1], query[:, -1])
     offered = nn.functional.linear(outputs, key[:, :-1], key[:, -1])
     attention = torch.softmax((offered * asked.unsqueeze(-2)).sum(-1, keepdim=True), -2)
     return residual + (attention * (outputs @ value.mT)).sum(-2)
@@ -160,7 +175,7 @@ class ScaLearnConfig(PeftConfig):
 
 
 class ScaLearnLinear(nn.Module, BaseTunerLayer):
-    """A frozen linear layer, its source adapters side by side, and what is learnt to combine them, per adapter."""
+    """A frozen linear layer or end of a block (see `apart`), source adapters side by side, and how to combine them."""
 
     adapter_layer_names = ("scalearn_omega", "scalearn_query", "scalearn_key", "scalearn_value")
     other_param_names = (
@@ -171,6 +186,7 @@ class ScaLearnLinear(nn.Module, BaseTunerLayer):
         "settings",
         "widths",
     )
+    base_layer: Any
     scalearn_omega: Any
     scalearn_value: Any
     scalearn_down: Any
@@ -181,7 +197,7 @@ class ScaLearnLinear(nn.Module, BaseTunerLayer):
     set_adapter: Any
     _active_adapter: str | list[str]
 
-    def __init__(self, base_layer: nn.Linear):
+    def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         for name in self.adapter_layer_names:
@@ -203,20 +219,20 @@ class ScaLearnLinear(nn.Module, BaseTunerLayer):
         shared: nn.Parameter | None,
     ) -> None:
         """Add the adapter `name`: its sources' `tensors` (zeros, if they are to be loaded) and what is learnt."""
-        d, device = self.base_layer.out_features, self.base_layer.weight.device
-        widths = config.widths[key]
+        linear = last_linear(self.base_layer)
+        d, device, widths = linear.out_features, linear.weight.device, config.widths[key]
         if tensors is None:
             n, total = len(widths), sum(widths)
-            read = self.base_layer.in_features if config.kind == "lora" else d
+            read = linear.in_features if config.kind == "lora" else d
             shapes = {"down": (total, read), "inner": (total,), "up": (d, total), "outer": (n, d)}
             tensors = {part: torch.zeros(shape) for part, shape in shapes.items()}
         for part in PARTS:
             getattr(self, f"scalearn_{part}")[name] = tensors[part].to(device)
         self.settings[name], self.widths[name] = config, widths
         if config.variant == "fusion":
-            bound = d**-0.5
             for part in ("query", "key"):
-                drawn = torch.empty(d, d + 1).uniform_(-bound, bound)
+                drawn = 0.02 * torch.randn(d, d + 1)
+                drawn[:, -1] = 0  # the bias
                 getattr(self, f"scalearn_{part}")[name] = nn.Parameter(drawn.to(device))
             self.scalearn_value[name] = nn.Parameter((torch.eye(d) + 1e-6).to(device))
         else:
@@ -224,10 +240,10 @@ class ScaLearnLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def scales(self, name: str) -> torch.Tensor:
-        """The scales as they are used: normalised, and in training with dropout. `[S, d]` or `[S, 1]`."""
+        """The scales as they are used: in training with dropout, and then normalised. `[S, d]` or `[S, 1]`."""
         config = self.settings[name]
-        omega = normalised(self.scalearn_omega[name], config.normalise)
-        return nn.functional.dropout(omega, config.dropout, self.training)
+        omega = nn.functional.dropout(self.scalearn_omega[name], config.dropout, self.training)
+        return normalised(omega, config.normalise)
 
     def folded(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Up-projection and bias of one adapter that stands for all (see `fold_scales`)."""
@@ -236,10 +252,10 @@ class ScaLearnLinear(nn.Module, BaseTunerLayer):
         )
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output plus the combined sources of each active adapter."""
-        h = out = self.base_layer(x, *args, **kwargs)
+        """The base layer's output with the combined sources of each active adapter."""
+        h, out, close = apart(self.base_layer, x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return out
+            return h
         for name in self.active_adapters:
             if name not in self.settings:
                 continue
@@ -251,13 +267,13 @@ class ScaLearnLinear(nn.Module, BaseTunerLayer):
                 ups = self.scalearn_up[name].split(self.widths[name], 1)
                 pieces = hidden.split(self.widths[name], -1)
                 outputs = torch.stack([piece @ up.mT for piece, up in zip(pieces, ups, strict=True)], -2)
-                learnt = (getattr(self, f"scalearn_{part}")[name] for part in ("query", "key", "value"))
-                wide = h.to(down.dtype)
-                added = fuse(wide, outputs + self.scalearn_outer[name], *learnt) - wide
+                outputs = outputs + self.scalearn_outer[name]
+                query, key, value = (getattr(self, part)[name] for part in self.adapter_layer_names[1:])
+                total = fuse(out.to(down.dtype), outputs, query, key, value, h.to(down.dtype))
+                out = total.to(out.dtype)
             else:
-                added = nn.functional.linear(hidden, *self.folded(name))
-            out = out + added.to(out.dtype)
-        return out
+                out = out + nn.functional.linear(hidden, *self.folded(name)).to(out.dtype)
+        return close(out)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add LoRA sources, as scaled, to the weight."""
@@ -300,13 +316,16 @@ class ScaLearnModel(BottleneckModel):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         self._read = None if peft_config.widths else peft_config.read()
         self._shared: list[nn.Parameter] = []
+        if peft_config.kind == "bottleneck":
+            peft_config.target_modules = places(self.model, peft_config.target_modules)
+        elif not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            linear_targets(self.model, peft_config.target_modules)
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        super()._prepare_model(peft_config, model)
         for name, tensors in (self._read or {}).items():
             target = model.get_submodule(name)
-            layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            layer = last_linear(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
             read = layer.in_features if peft_config.kind == "lora" else layer.out_features
             wanted, found = (read, layer.out_features), (tensors["down"].shape[1], tensors["up"].shape[0])
             if wanted != found:
@@ -321,9 +340,10 @@ class ScaLearnModel(BottleneckModel):
             raise CorruptFile("widths", sorted(config.widths), f"lack {key}", "save the adapter again")
         shared = None
         if config.share_layers:
-            d = layer.base_layer.out_features
+            linear = last_linear(layer.base_layer)
+            d = linear.out_features
             if not self._shared:
-                self._shared.append(start(config, len(config.widths[key]), d, layer.base_layer.weight.device))
+                self._shared.append(start(config, len(config.widths[key]), d, linear.weight.device))
             shared = self._shared[0]
             if config.variant == "vector" and shared.shape[1] != d:
                 problem = "needs layers of one width for scales per dimension"

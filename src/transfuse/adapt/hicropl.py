@@ -106,7 +106,8 @@ def hicropl(
         model: A transformers `CLIPModel`, or one built alike (`SiglipModel`).
         tokenizer: Its tokenizer.
         class_names: Names of the classes, in the order of the labels.
-        descriptions: Texts about each class; where they are missing, "a photo of a <class>." with a warning.
+        descriptions: Texts about each class, under its name or that with spaces for underscores; where they are
+            missing, "a photo of a <class>." with a warning.
         n_ctx: Context tokens per layer and encoder. Up to 4, the first text prompt starts from "a photo of a".
         depth: Layers with prompts.
         cross_layer: First layer whose text prompts are refined by visual ones.
@@ -241,9 +242,13 @@ class PromptedCLIP(nn.Module):
         batch_size: int = 32,
         lr: float = 2.5e-3,
         eps: float = 1e-3,
+        weight_decay: float = 5e-4,
         seed: int = 0,
     ) -> History:
-        """Train the prompts with Adam: one epoch at 1e-5, then half a cosine, epoch by epoch.
+        """Train the prompts with Adam: one epoch at 1e-5, then half a cosine from the peak, epoch by epoch.
+
+        Epoch e > 0 of T has the rate `lr (1 + cos(pi (e - 1) / T)) / 2`: in the released code too, the cosine starts
+        from the peak after the first epoch.
 
         Args:
             pixel_values: Images `[rows, channels, height, width]`.
@@ -252,6 +257,7 @@ class PromptedCLIP(nn.Module):
             batch_size: Images per update.
             lr: Peak learning rate.
             eps: Of Adam.
+            weight_decay: L2 penalty, added to the gradient. The default is that of the released code, which sets none.
             seed: Of the order.
 
         Raises:
@@ -260,15 +266,17 @@ class PromptedCLIP(nn.Module):
         check_positive(epochs=epochs, batch_size=batch_size)
         if not lr > 0:
             raise BadInput("lr", lr, "is not positive", "give a positive learning rate")
+        if not weight_decay >= 0:
+            raise BadInput("weight_decay", weight_decay, "is negative", "give 0 for none")
         if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
             problem = f"are not all in [0, {len(self.class_names)})"
             raise BadInput("labels", sorted(set(labels.tolist())), problem, "number them as class_names")
-        optimizer = torch.optim.Adam(self.learner.parameters(), lr=lr, eps=eps)
+        optimizer = torch.optim.Adam(self.learner.parameters(), lr=lr, eps=eps, weight_decay=weight_decay)
         batches = minibatches({"x": pixel_values, "y": labels}, batch_size, seed=seed)
 
         def epoch(number: int) -> Any:
             for group in optimizer.param_groups:
-                cosine = lr * (1 + math.cos(math.pi * number / epochs)) / 2
+                cosine = lr * (1 + math.cos(math.pi * (number - 1) / epochs)) / 2
                 group["lr"] = WARM_UP if number == 0 else cosine
             return batches(number)
 
@@ -297,13 +305,14 @@ class PromptedCLIP(nn.Module):
 
 
 def _described(names: Sequence[str], descriptions: Descriptions | None) -> dict[str, Sequence[str]]:
-    """Texts per class; the template where there are none."""
-    given = descriptions or {}
-    missing = [name for name in names if not given.get(name)]
+    """Texts per class, by its name or by that with spaces for underscores; the template where there are none."""
+    told = descriptions or {}
+    given = {name: told.get(name) or told.get(name.replace("_", " ")) for name in names}
+    missing = [name for name in names if not given[name]]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         warnings.warn(f"no descriptions of {shown}: {TEMPLATE!r} stands for them", stacklevel=3)
-    return {name: given.get(name) or [TEMPLATE.format(name.replace("_", " "))] for name in names}
+    return {name: given[name] or [TEMPLATE.format(name.replace("_", " "))] for name in names}
 
 
 def restore(model: PromptedCLIP) -> Any:

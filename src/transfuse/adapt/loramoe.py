@@ -25,7 +25,7 @@ The two halves then serve the two types. As q tends to 1 / I, knowledge is serve
 Paper and code. The loss follows the authors' code, with the mean squared: so it does not depend on the length of the
 samples. Their code counts padding as well; here it does not (`count_padding=True` does). Their example script has
 delta = beta = 0, which switches the constraint off; the defaults here are 0.1 and 0.1. Disabling adapters gives the
-base's output, which theirs refuses.
+base's output, which theirs refuses. Theirs draws a dropout mask for each expert; here a layer's experts share one.
 
 The types travel beside the model's arguments: as `task_types` in a batch (`collator` puts them there, from the rows'
 `task_type`), or by `with task_types([1, 0, 0]):`. In training mode the model adds the constraint to the loss that it

@@ -11,11 +11,17 @@ scaled by a vector (or one number) that is learnt; adapters and model stay as th
 
     out_l = res + sum over sources s of omega_l,s * U_l,s
 
-U is what an adapter adds, without its residual, which comes once. For a bottleneck adapter after the feed-forward
-block, U = W_up relu(W_down h + b) + c and res = h, the block's output. For LoRA adapters, which the paper does not
-use, U = (alpha / r) B A x and res = W x + bias. Scales are free: they may be negative and need not sum to one (the
-paper finds softmax and mean normalisation worse: `normalise`). They start around 2 / S; in training, dropout is put on
-the scales themselves. If the new task has an adapter of its own, it is one more source.
+U is what an adapter adds, without its residual, which comes once. A bottleneck adapter after the feed-forward block
+adds U = W_up relu(W_down h + b) + c. In models like BERT and RoBERTa, where one module with `dense`, `dropout` and
+`LayerNorm` ends a block, it reads the normalised sum:
+
+    res = dropout(W x + bias)    h = LayerNorm(res + input)    the block's output: LayerNorm(out + input)
+
+Elsewhere, as in decoders, which normalise before a block and which the paper does not use, h = res = the block's
+output, before it is added to the residual stream. For LoRA adapters, which the paper does not use either,
+U = (alpha / r) B A x and res = W x + bias. Scales are free: they may be negative and need not sum to one (the paper
+finds softmax and mean normalisation worse: `normalise`). They start around 2 / S; in training, dropout is put on the
+scales themselves, before any normalisation. If the new task has an adapter of its own, it is one more source.
 
     variant     share_layers   trained per task    d = 768, 12 layers, 8 sources
     "vector"    no             d L S               73,728      ScaLearn
@@ -25,7 +31,9 @@ the scales themselves. If the new task has an adapter of its own, it is one more
     "fusion"                   3 d^2 L (+ 2 d L)   21.2 M      AdapterFusion, the baseline
 
 Paper and code agree. The optional penalty on the scales and the option without residual, both off there, are left
-out. `share_layers` is one parameter that all layers use.
+out. `share_layers` is one parameter that all layers use. AdapterFusion's query reads h; its query and key start from
+N(0, 0.02) with biases zero, its value from the identity + 1e-6. Its authors' code also has dropout on the attention
+scores, with the model's rate, and a penalty that keeps the value near the identity: neither is used here.
 
 Folders of adapters are the sources: those that PEFT's LoRA wrote, and bottleneck adapters (`bottleneck`, here). They
 are read once; what `save` writes holds them. `fold` writes one plain adapter that does the same as all of them
@@ -55,14 +63,13 @@ from transfuse.adapt._base import (
     Targets,
     base_again,
     fill_adapter,
-    linear_targets,
     read_adapter,
     refuse_adapted,
     target_names,
     task_type,
     write_adapter,
 )
-from transfuse.adapt._bottleneck import BottleneckConfig, BottleneckModel, default_targets
+from transfuse.adapt._bottleneck import BottleneckConfig, BottleneckModel, places
 from transfuse.adapt._scalearn_layers import (
     ScaLearnConfig,
     ScaLearnLinear,
@@ -104,13 +111,14 @@ def bottleneck(
     modules_to_save: Sequence[str] | None = None,
     seed: int = 0,
 ) -> PeftModel:
-    """Put bottleneck adapters after linear layers: sources to be.
+    """Put bottleneck adapters after linear layers, or at the ends of BERT-type blocks: sources to be.
 
     Args:
         model: A transformers model, or any module with linear layers. Its weights are frozen.
         r: Width of the bottleneck (the paper's is a sixteenth of the model's: 48 of 768).
         target_modules: Names or endings of linear layers, a regular expression, or "all-linear"; None takes the last
-            one of each feed-forward block, for BERT and for llama-type models.
+            one of each feed-forward block, for BERT- and for llama-type models. One that ends a BERT-type block
+            stands for that end, with dropout and LayerNorm.
         modules_to_save: Further modules to train whole.
         seed: Of the initial values. The adapters add nothing at first.
 
@@ -120,12 +128,11 @@ def bottleneck(
     """
     refuse_adapted(model)
     _check_modules(model, modules_to_save)
-    targets = default_targets(model) if target_modules is None else target_names(model, target_modules)
+    targets = places(model, None if target_modules is None else target_names(model, target_modules))
     config = BottleneckConfig(
         task_type=task_type(model), r=r, target_modules=targets,
         modules_to_save=list(modules_to_save) if modules_to_save else None,
     )  # fmt: skip
-    linear_targets(model, targets)
     with seeded(seed):
         return get_peft_model(model, config)
 
