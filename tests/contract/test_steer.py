@@ -23,6 +23,7 @@ SEARCH = {
     "ck-plug",
     "dynamic-logits-fusion",
     "proxy-tuning",
+    "sparkle",
 }  # these decode through core.lockstep: with beams too
 TESTS = Path(__file__).resolve().parents[1] / "steer"
 

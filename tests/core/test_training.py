@@ -406,8 +406,10 @@ def test_fit_is_plain_adamw(tiny_lm):
     """One constant-rate run, no clipping, against torch's AdamW on the same batches."""
     model, other = tiny_lm("llama", layers=2), tiny_lm("llama", layers=2)
     data = rows(12)
-    history = fit(model, data, lr=1e-3, epochs=2, batch_size=4, schedule="constant", clip=None, seed=3)
-    rule = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.0)
+    history = fit(
+        model, data, lr=1e-3, epochs=2, batch_size=4, schedule="constant", clip=None, seed=3, betas=(0.8, 0.9)
+    )
+    rule = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.8, 0.9))
     order, collate, losses = EpochOrder(12, seed=3), pad_collator(0), []
     for epoch in range(2):
         order.set_epoch(epoch)
@@ -421,6 +423,12 @@ def test_fit_is_plain_adamw(tiny_lm):
     assert history.losses == pytest.approx(losses, abs=1e-5)
     for name, value in weights(model).items():
         assert torch.allclose(value, other.get_parameter(name), atol=1e-5), name
+
+
+@pytest.mark.parametrize("betas", [(0.9, 1.0), (-0.1, 0.9), (0.9,)])
+def test_fit_refuses_betas_out_of_range(tiny_lm, betas):
+    with pytest.raises(BadInput, match="betas"):
+        fit(tiny_lm("llama", layers=1), rows(4), lr=1e-3, epochs=1, betas=betas)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

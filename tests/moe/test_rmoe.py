@@ -249,8 +249,9 @@ def test_a_state_of_another_batch_is_refused():
     made[0](inputs[0])
     with pytest.raises(BadInput, match=r"state = 5 is not the 3 tokens of layer 1"):
         made[1](inputs[1][:3])
-    with pytest.raises(RuntimeError):
-        RecurrentRouter(6, 4, 5)(inputs[0])  # more experts than there are
+    for wrong in ({"top_k": 5}, {"top_k": 0}, {"top_k": 2, "state_size": 0}):
+        with pytest.raises(BadInput, match="state_size = 0" if "state_size" in wrong else "top_k = "):
+            RecurrentRouter(6, 4, **wrong)
     assert copy.deepcopy(made[0]).state.cells == [None] * 3
 
 

@@ -14,7 +14,7 @@ from transfuse import recipe
 from transfuse.core.errors import BadInput, IncompatibleModels, NotApplicable
 from transfuse.core.generate import encode_pair, generate_texts, pad_batch
 from transfuse.core.lineage import read_lineage
-from transfuse.core.models import Loaded
+from transfuse.core.models import Loaded, load
 from transfuse.core.training import generator
 from transfuse.steer.proxy_tuning import ProxyTuning, offset_scores, proxy_answers
 
@@ -547,3 +547,42 @@ def test_smollm_with_an_expert_that_learnt_nothing(smollm):
     assert asked.generate([query], max_new_tokens=5) != [
         found.text
     ]  # the chat template is an effect of its own
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_real_models_token_for_token(name):
+    """In float32: cached and not, in a batch and alone, weight 0 and equal experts, an own loop without a cache."""
+    model, tokenizer = load(name, dtype="float32")
+    expert = copy.deepcopy(model)
+    decoder = expert.get_decoder()
+    decoder.layers[-1].mlp.down_proj.weight.data.mul_(1.5)
+    queries = [
+        "The capital of Spain is",
+        "A bridge over the river leads to the old town of",
+    ]
+    method = ProxyTuning(model, tokenizer, expert, model)
+
+    def tokens(steered, asked=queries, **options):
+        answers = steered.generate(asked, max_new_tokens=3, details=True, eos_token_id=None, **options)
+        return [answer.tokens.tolist() for answer in answers]
+
+    found = tokens(method)
+    assert found == tokens(method, use_cache=False) == [tokens(method, [query])[0] for query in queries]
+    plain = [
+        model.generate(
+            **tokenizer(query, return_tensors="pt"), max_new_tokens=3, min_new_tokens=3, do_sample=False
+        )
+        for query in queries
+    ]
+    plain = [row[0, -3:].tolist() for row in plain]
+    assert tokens(ProxyTuning(model, tokenizer, expert, model, alpha=0.0)) == plain
+    assert tokens(ProxyTuning(model, tokenizer, model, model)) == plain
+    with torch.no_grad():
+        for query, new in zip(queries, found, strict=True):
+            ids = tokenizer(query)["input_ids"]
+            for t, token in enumerate(new):
+                row = torch.tensor([ids + new[:t]])
+                base, tuned = (
+                    m(input_ids=row, logits_to_keep=1).logits[0, -1].double() for m in (model, expert)
+                )
+                assert int((base + (tuned - base)).argmax()) == token

@@ -656,6 +656,10 @@ def test_scores_by_hand():
     assert found.f1 == pytest.approx((0.8 + 1 + 0 + 0) / 4)
     assert (found.exact_match, found.inexecutable, found.invalid) == (0.25, 0.25, 0.25)
     assert found.hits_at_1 == 0.5  # both answers are in the second parse
+    # Of two parses the one of better F1 counts, though the other holds more of the answers.
+    wide = [*"bcd", *(f"other {i}" for i in range(20))]
+    found = score([result("answered", *"abcd")], [[["a"], wide]], draws=4000)
+    assert found.f1 == pytest.approx(0.4) and found.hits_at_1 == pytest.approx(0.25, abs=0.05)
     with pytest.raises(BadInput, match="does not pair"):
         score(results, gold[:2])
     with pytest.raises(BadInput, match="no answers"):

@@ -190,6 +190,8 @@ def run_trainer(
             per_device_train_batch_size=settings["batch_size"],
             gradient_accumulation_steps=settings["accumulation"],
             weight_decay=settings["weight_decay"],
+            adam_beta1=settings["betas"][0],
+            adam_beta2=settings["betas"][1],
             lr_scheduler_type=schedule,
             warmup_steps=settings["warmup"],
             max_grad_norm=settings["clip"] or 0.0,

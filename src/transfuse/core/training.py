@@ -274,6 +274,7 @@ def fit(
     batch_size: int = 8,
     accumulation: int = 1,
     weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
     schedule: Literal["constant", "linear", "cosine"] = "linear",
     warmup: float = 0.0,
     clip: float | None = 1.0,
@@ -304,6 +305,7 @@ def fit(
         batch_size: Rows per batch.
         accumulation: Batches per update, averaged over their tokens where the model supports it.
         weight_decay: Decoupled, not applied to biases and norms.
+        betas: AdamW's decay of the mean and of the mean square of gradients.
         schedule: Learning rate after warm-up: constant, or to zero along a line or half a cosine.
         warmup: Updates of linear warm-up; below 1, a share of all updates.
         clip: Largest norm of the whole gradient; None for no clipping.
@@ -334,6 +336,10 @@ def fit(
     )  # fmt: skip
     if not lr > 0:
         raise BadInput("lr", lr, "is not positive", "give a positive learning rate")
+    if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
+        raise BadInput(
+            "betas", betas, "are not two numbers from 0 to below 1", "give a pair like (0.9, 0.95)"
+        )
     if len(dataset) == 0:
         raise BadInput("dataset", "[]", "has no rows", "give at least one example")
     if not any(p.requires_grad for p in model.parameters()):
@@ -342,8 +348,8 @@ def fit(
         )
     settings = {
         "lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
-        "accumulation": accumulation, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup,
-        "clip": clip, "seed": seed, "group_by_length": group_by_length,
+        "accumulation": accumulation, "weight_decay": weight_decay, "betas": list(betas), "schedule": schedule,
+        "warmup": warmup, "clip": clip, "seed": seed, "group_by_length": group_by_length,
     }  # fmt: skip
     identity = {"fit": settings, "data": data_identity(dataset) if output_dir is not None else ""}
     folder, last = open_run(output_dir, identity, resume)

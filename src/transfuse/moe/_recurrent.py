@@ -116,6 +116,9 @@ class RecurrentRouter(nn.Module):
         head: How the state becomes logits: "linear", or "xmoe", cosines in 16 dimensions.
         normalise: Divide the weights of the chosen experts by their sum.
         scale: What the weights are multiplied by.
+
+    Raises:
+        BadInput: more experts per token than there are, or a state without length.
     """
 
     def __init__(
@@ -138,6 +141,10 @@ class RecurrentRouter(nn.Module):
         scale: float = 1.0,
     ):
         super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise BadInput("top_k", top_k, f"does not fit {num_experts} experts", "choose 1 up to that many")
+        if state_size < 1:
+            raise BadInput("state_size", state_size, "is no length", "give 1 or more; the paper takes 128")
         self.hidden_size, self.num_experts, self.top_k, self.layer_idx = (
             hidden_size,
             num_experts,

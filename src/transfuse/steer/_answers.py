@@ -132,8 +132,8 @@ def score(
 
     Args:
         results: One per question.
-        gold: Per question the answers of each of its parses; the best parse counts. A question whose parses have
-            no answers is left out.
+        gold: Per question the answers of each of its parses; the parse of best F1 counts, also for hits at 1. A
+            question whose parses have no answers is left out.
         draws: As of `hits_at_1`.
         seed: As of `hits_at_1`.
 
@@ -148,11 +148,11 @@ def score(
     kept = [(result, parses) for result, parses in kept if parses]
     if not kept:
         raise BadInput("gold", len(gold), "holds no answers", "give the gold answers of some question")
-    f1 = [max(answer_f1(result.answers, parse) for parse in parses) for result, parses in kept]
-    hits = [
-        max(hits_at_1(result.answers, parse, draws=draws, seed=seed) for parse in parses)
-        for result, parses in kept
+    best = [
+        (result, max(parses, key=lambda parse: answer_f1(result.answers, parse))) for result, parses in kept
     ]
+    f1 = [answer_f1(result.answers, parse) for result, parse in best]
+    hits = [hits_at_1(result.answers, parse, draws=draws, seed=seed) for result, parse in best]
     n = len(kept)
     return Scores(
         f1=sum(f1) / n,

@@ -223,9 +223,10 @@ class KID(Combining):
         ]  # fmt: skip
         answers = drawn[0]
         if candidates > 1:
+            surprise = functools.partial(perplexity, self.model, self.tokenizer, window=2**30)
             answers = [
-                min(found, key=lambda a: perplexity(self.model, self.tokenizer, f"{text} {a.text}"))
-                for text, found in zip(texts, zip(*drawn))
+                min(found, key=lambda a: surprise([*prompt, *a.tokens.tolist()]))  # in one window
+                for (prompt, _), found in zip(rows, zip(*drawn))
             ]
         results = answers if details else [a.text for a in answers]
         return results[0] if isinstance(queries, str) else results
