@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfuse.core import divergence
-from transfuse.core.divergence import forward_kl, jsd, kl_terms, reverse_kl
+from transfuse.core.divergence import adaptive_terms, decoupled_terms, forward_kl, jsd, kl_terms, reverse_kl
 from transfuse.core.errors import BadInput, IncompatibleModels
 
 KINDS = {
@@ -120,11 +120,52 @@ def test_impossible_tokens(kind):
     assert KINDS[kind](ours, theirs).item() == pytest.approx(narrow)
 
 
-def test_only_one_side_rules_a_token_out():
-    ours, theirs = logits(1, 4), logits(1, 4, seed=1)
-    ours[0, 1] = -torch.inf
-    assert forward_kl(ours, theirs).item() == math.inf
-    assert math.isfinite(reverse_kl(ours, theirs).item())
+TINY = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
+
+
+@pytest.mark.parametrize("dtype", TINY)
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_only_one_side_rules_a_token_out(kind, dtype):
+    """(1/2, 1/4, 1/4) from (3/4, 1/4, 0): its zero counts as the smallest normal number, without a slope."""
+    wide, narrow = [0.5, 0.25, 0.25], [0.75, 0.25, 0.0]
+    last = math.log(0.25) - math.log(TINY[dtype])
+    parts = [math.log(0.5 / 0.75), 0.0, last]
+    value = sum(p * part for p, part in zip(wide, parts))
+    if (
+        kind == "forward"
+    ):  # the student is the narrow one: sum of slopes by log q times q, less each one's own
+        slope = [0.75 * 0.75 - 0.5, 0.25 * 0.75 - 0.25, 0.0]
+    else:
+        slope = [q * (part - value) for q, part in zip(wide, parts)]
+    pair = [torch.tensor([x], dtype=dtype).log() for x in (narrow, wide)]
+    ours, theirs = pair if kind == "forward" else pair[::-1]
+    ours.requires_grad_()
+    found = KINDS[kind](ours, theirs)
+    assert found.dtype == dtype and found.item() == pytest.approx(value, rel=1e-6) and value > 0
+    assert torch.autograd.grad(found, ours)[0][0].tolist() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+    other = "reverse" if kind == "forward" else "forward"  # 0 log 0 there
+    plain = 0.75 * math.log(1.5)
+    assert KINDS[other](ours, theirs).item() == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TINY)
+def test_sides_that_share_no_token(dtype):
+    ours, theirs = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]], dtype=dtype).split(1)
+    for kind in (forward_kl, reverse_kl):
+        z = ours.clone().requires_grad_()
+        value = kind(z, theirs)
+        assert value.item() == pytest.approx(-math.log(TINY[dtype]), rel=1e-6)
+        assert torch.autograd.grad(value, z)[0].isfinite().all()
+    z = ours.clone().requires_grad_()
+    for value in (
+        adaptive_terms(z.log_softmax(-1), theirs),
+        *(decoupled_terms(z.log_softmax(-1), theirs, torch.tensor([label])) for label in (0, 1)),
+    ):
+        assert 0 < value.item() < math.inf
+        assert torch.autograd.grad(value, z)[0].isfinite().all()
+
+
+def test_jsd_of_sides_that_share_no_token():
     disjoint = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])
     assert jsd(*disjoint).item() == pytest.approx(math.log(2))
 

@@ -419,6 +419,24 @@ def test_the_shared_tokens_come_from_the_tokenizers(tiny_tokenizer, tmp_path):
         Distiller(student=student, teacher=teacher, objective=HybridULD(), train_dataset=SENTENCES)
 
 
+def test_what_makes_two_tokens_one():
+    """A space is written in two ways: by their spelling words after one are not shared, by their text they are."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def tokenizer(words, before):
+        built = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, []))
+        built.pre_tokenizer = before
+        return PreTrainedTokenizerFast(tokenizer_object=built)
+
+    ours = tokenizer(["A", "\u0120world", "!"], tokenizers.pre_tokenizers.ByteLevel())
+    theirs = tokenizer(["\u2581world", "!", "?", "A"], tokenizers.pre_tokenizers.Metaspace())
+    for by, pairs in (("text", {0: 3, 1: 0, 2: 1}), ("piece", {0: 3, 2: 1})):
+        objective = HybridULD(by=by)
+        objective.prepare(torch.nn.Identity(), [], ours, theirs)
+        assert dict(zip(objective.ours.tolist(), objective.theirs.tolist(), strict=True)) == pairs
+
+
 def test_a_real_model_beside_itself(smollm):
     """Rows meet the tokens they predict: one row off, the cross-entropy would be far higher."""
     from transfuse.distill._base import Reader
@@ -438,6 +456,7 @@ def test_a_real_model_beside_itself(smollm):
     ("kind", "name", "value"),
     [
         (ULD, "alignment", "words"), (ULD, "merge", "mean"), (ULD, "temperature", 0.0), (ULD, "kd_weight", 0.0),
+        (HybridULD, "by", "sound"),
         (HybridULD, "beta", 1.5), (HybridULD, "shared_weight", 0.5), (HybridULD, "vocabulary", ([1], [1, 2])),
     ],
 )  # fmt: skip

@@ -15,6 +15,7 @@ from transfuse.core.errors import BadInput, IncompatibleModels, NotApplicable
 from transfuse.core.training import seeded
 from transfuse.distill import Distiller, prune
 from transfuse.distill._base import Signal
+from transfuse.distill._contrastive import Contrastive, contrastive_terms
 from transfuse.distill._features import MMD, HiddenStates, mmd, state_terms
 from transfuse.distill._relations import AttentionRelation, relations
 
@@ -172,6 +173,20 @@ def relation_loss(*, heads=4, kind="softmax", causal=False, weights=(1.0, 1.0, 1
     return value
 
 
+def found_among(temperature):
+    """-log of the share of a token's own state among all of the teacher's, by the exponentials of cosines."""
+
+    def value(live, fixed):
+        ours, theirs = vectors(live, "student"), vectors(fixed, "teacher")
+        costs = []
+        for i, s in enumerate(ours):
+            weights = [torch.exp((s * t).sum() / norm(s) / norm(t) / temperature) for t in theirs]
+            costs.append(-torch.log(weights[i] / sum(weights)))
+        return sum(costs) / len(costs)
+
+    return value
+
+
 NO_LOGITS = {"without": {"excluded": "no logits are read"}}
 LEAST = {"least": lambda x: {**x, "teacher": x["student"].clone()}}
 TOKENS = {"count": lambda x: float(x["attention_mask"].sum()), "padded": padded, **NO_LOGITS}
@@ -207,6 +222,10 @@ CASES = [
     Case("mmd-unbiased", inputs((4, 5)), states(lambda: MMD(bandwidth=1.7, unbiased=True), Fixed()),
          discrepancy(1.7, True, True), ("student",),
          **{**TOGETHER, "without": {"least": "it may fall below zero", "excluded": "no logits are read"}}),
+    Case("contrastive", inputs((4, 4)), states(lambda: Contrastive(temperature=0.3)), found_among(0.3), ("student",),
+         **{**TOGETHER, "couples": "the other tokens of the batch are the negatives",
+            "without": {"least": "other states than the teacher's own may be told apart better",
+                        "excluded": "no logits are read"}}),
     Case("relation", projections, related(causal=False), relation_loss(),
          ("student.q", "student.k", "student.v"), count=pairs_of(False), **RELATED),
     Case("relation-raw", projections, related(relation="raw", causal=True, heads=2, weights=(1.0, 0.5, 2.0)),
@@ -231,6 +250,29 @@ def test_terms_by_hand():
     assert float(mmd(a, b, bandwidth=1.0)) == pytest.approx((1 + k[0]) / 2 + (1 + k[1]) / 2 - 2 * both)
     assert float(mmd(a, b, bandwidth=1.0, unbiased=True)) == pytest.approx(k[0] + k[1] - 2 * both)
     assert float(mmd(a, b)) == pytest.approx(float(mmd(a, b, bandwidth=2.0)))  # the median of one distance
+
+
+def test_contrastive_terms_by_hand():
+    """Orthogonal states: their own at cosine 1, the others at 0; lengths do not count."""
+    own = torch.eye(3, dtype=torch.float64)
+    expected = -math.log(math.exp(2.0) / (math.exp(2.0) + 2))
+    found = contrastive_terms(5 * own, own * torch.tensor([[1.0], [2.0], [7.0]]), 0.5)
+    assert found.tolist() == pytest.approx([expected] * 3)
+    crossed = contrastive_terms(own, own[[1, 2, 0]], 0.5)
+    assert crossed.tolist() == pytest.approx([math.log(math.exp(2.0) + 2)] * 3)
+    alike = contrastive_terms(own, own[:1].expand(3, 3), 0.5)
+    assert alike.tolist() == pytest.approx([math.log(3)] * 3)
+
+
+@pytest.mark.parametrize("kind", [Contrastive, MMD])
+def test_most_tokens_are_spread_evenly(kind):
+    x = inputs((4, 4), tokens=9)(0)
+    x["attention_mask"] = torch.ones_like(x["attention_mask"])
+    chosen = [round(i * 26 / 4) for i in range(5)]  # of 27
+    few = {name: value.reshape(1, 27, -1)[:, chosen] for name, value in x.items() if name != "attention_mask"}
+    few["attention_mask"] = torch.ones(1, 5, dtype=torch.long)
+    values = [float(states(lambda: kind(max_tokens=5))(x)), float(states(kind)(few))]
+    assert values[0] == pytest.approx(values[1])
 
 
 def test_mmd_of_one_distribution_is_zero_on_average():
@@ -298,8 +340,8 @@ def trainer(folder, objective, student=None, teacher=None, data=None, **options)
 
 @pytest.mark.parametrize(
     "objective",
-    [HiddenStates, lambda: HiddenStates(layers=[(1, 2)], ce_weight=0.5), MMD, AttentionRelation],
-    ids=["states", "states-and-labels", "mmd", "relation"],
+    [HiddenStates, lambda: HiddenStates(layers=[(1, 2)], ce_weight=0.5), MMD, Contrastive, AttentionRelation],
+    ids=["states", "states-and-labels", "mmd", "contrastive", "relation"],
 )
 def test_it_trains_and_leaves_a_bare_student(objective, tmp_path):
     runs = []
@@ -379,6 +421,7 @@ def test_projections_of_other_architectures(tmp_path):
     [
         (HiddenStates, "distance", "l3"), (HiddenStates, "layers", []), (HiddenStates, "layers", [(0, -1)]),
         (HiddenStates, "kd_weight", 0.0), (MMD, "bandwidth", 0.0), (MMD, "max_tokens", 1),
+        (Contrastive, "temperature", 0.0), (Contrastive, "max_tokens", 1),
         (AttentionRelation, "relation", "hard"), (AttentionRelation, "heads", 0),
         (AttentionRelation, "weights", (1.0, -1.0, 1.0)),
     ],

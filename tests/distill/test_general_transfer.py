@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -437,6 +443,46 @@ def test_the_papers_rates_are_scaled_by_the_batch():
     GeneralTransfer(student, Net(2), tau=0.5).fit(data(), epochs=10)  # 40 updates
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), Net(1).parameters(), strict=True))
     GeneralTransfer(student, Net(2), tau=0.5).fit(data(), epochs=11)  # 44 updates
+    assert not torch.equal(student[0].weight, Net(1)[0].weight)
+
+
+PROGRAM = """
+    import json, sys
+    sys.path[:0] = [{tests!r}, {tests!r} + "/distill"]
+    from test_general_transfer import GeneralTransfer, Net, data
+    from accelerate import PartialState
+
+    student, ends = Net(1), []
+    for epochs in (10, 11):
+        history = GeneralTransfer(student, Net(2), tau=0.5).fit(data(), epochs=epochs)[0].history
+        ends.append(float((student[0].weight - Net(1)[0].weight).abs().max()))
+    if PartialState().is_main_process:
+        print("RESULT " + json.dumps([history.losses, ends, PartialState().num_processes]))
+"""
+
+
+def test_the_papers_rates_count_every_process(tmp_path):
+    """Two processes with 12 rows each make 24 an update, as two batches of one process do: rate and slow steps."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM.format(tests=str(Path(__file__).resolve().parents[1]))))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=240
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    losses, ends, processes = json.loads(lines[0][7:])
+    assert processes == 2 and len(losses) == 22  # a slow step every 21 updates: 512 / 24
+    assert ends[0] == 0.0 < ends[1]
+    student = Net(1)
+    alone = GeneralTransfer(student, Net(2), tau=0.5).fit(data(), epochs=11, accumulation=2)
+    assert losses == pytest.approx(alone[0].history.losses, rel=1e-5)
     assert not torch.equal(student[0].weight, Net(1)[0].weight)
 
 

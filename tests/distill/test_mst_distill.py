@@ -18,6 +18,7 @@ from transfuse.distill.mst_distill import (
     FeatureMask2d,
     Gate,
     MSTDistill,
+    UnknownLayer,
     kd_terms,
     load_balance,
     routed_terms,
@@ -407,6 +408,26 @@ def test_a_teacher_without_masks_and_the_other_routes():
 def test_bad_settings(options, message):
     with pytest.raises(BadInput, match=message):
         method(**options)
+
+
+def test_an_unknown_layer_is_a_key_error_that_lists_the_names():
+    with pytest.raises(KeyError) as caught:
+        method(layers={"both": ["fc9"], "other": []})
+    assert isinstance(caught.value, UnknownLayer) and isinstance(caught.value, BadInput)
+    assert "fc9" in str(caught.value) and "use one of conv, norm, pool, fc" in str(caught.value)
+    assert not str(caught.value).startswith(("'", '"'))
+
+
+@pytest.mark.parametrize("gate", ["hard", "soft", "st", "random"])
+def test_double_precision(gate):
+    """The gate takes the student's precision, float32 at least."""
+    data = {name: value.double() if value.is_floating_point() else value for name, value in columns().items()}
+    made = method(gate=gate, epochs=(1, 1, 2))
+    for model in (made.student, *made.teachers.values()):
+        model.double()
+    done = made.fit(data, data)
+    assert all(math.isfinite(loss) for loss in [*done.together, *done.masks, *done.student])
+    assert all(p.dtype == torch.float64 for p in made.gate_net.parameters())
 
 
 def test_bad_data_and_models():

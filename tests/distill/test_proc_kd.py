@@ -348,6 +348,19 @@ def test_prototypes_of_the_student_alone_need_no_teacher(tmp_path):
         trainer(tmp_path, teacher=False)
 
 
+def test_a_teacher_that_could_be_trained_is_frozen_with_a_warning(recwarn):
+    student, teacher = net(2, 4, 3), net(1, 8, 7)
+    ProCKD(weights=(0, 1, 1)).prepare(student, [teacher])  # no teacher is read
+    assert all(p.requires_grad for p in teacher.parameters()) and not recwarn
+    with pytest.warns(UserWarning, match="frozen"):
+        ProCKD().prepare(student, [teacher])
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+    recwarn.clear()
+    ProCKD().prepare(student, [teacher])
+    assert not recwarn
+
+
 def test_it_starts_as_the_code_does():
     """Prototypes uniform in [0, 1], 72 of them, no bias in what are its 1x1 convolutions; the seed decides."""
     x = inputs(0)

@@ -346,6 +346,8 @@ def test_targets_and_counts():
     sharp = torch.zeros(1, 1, 16, 16)
     sharp[..., 1, 3] = 1.0
     assert float(shrink_density(sharp, 4).min()) == 0.0
+    kept = shrink_density(sharp, 4, clamp=False)
+    assert float(kept.min()) < 0.0 and torch.equal(kept.clamp_min(0.0), shrink_density(sharp, 4))
     with pytest.raises(BadInput, match="stride"):
         shrink_density(density, 6)
     counter = Counter(2).train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -74,6 +75,40 @@ def test_bucket_and_zero_by_hand():
     assert float(get("forward-kl", rest="zero")(*signals, batch)["loss"]) == pytest.approx(
         float(zero), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_by_hand(dtype):
+    """The student is tempered over its whole vocabulary, then its others are summed; of the teacher k are known."""
+    p, q, heat = [0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4], 2.0
+    stored = (torch.tensor([[[0, 1]] * 2]), torch.tensor(p[:2], dtype=dtype).log().expand(1, 2, 2))
+    signals = Signal(logits=torch.tensor(q, dtype=dtype).log().expand(1, 2, 4)), Signal(sparse=stored)
+    batch = {"labels": torch.tensor([[3, 1]])}
+    roots = [x ** (1 / heat) for x in q]
+    ours = [roots[0] / sum(roots), roots[1] / sum(roots), (roots[2] + roots[3]) / sum(roots)]
+    theirs = [x ** (1 / heat) for x in (0.5, 0.3, 0.2)]
+    theirs = [x / sum(theirs) for x in theirs]
+    parts = {"forward-kl": (theirs, ours), "reverse-kl": (ours, theirs)}
+    for name, (a, b) in parts.items():
+        expected = heat**2 * sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+        found = get(name, temperature=heat)(*signals, batch)["loss"]
+        assert float(found) == pytest.approx(expected, rel=1e-5), name
+    ours, theirs = ([x / sum(pair) for x in pair] for pair in (roots[:2], theirs[:2]))
+    expected = heat**2 * sum(x * math.log(x / y) for x, y in zip(theirs, ours, strict=True))
+    found = get("forward-kl", temperature=heat, rest="zero")(*signals, batch)["loss"]
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_target_that_is_not_stored_is_the_rest():
+    """DKD with the bucket; without it such a target has no class."""
+    p, q = [0.5, 0.3, 0.2], [0.1, 0.2, 0.7]
+    stored = (torch.tensor([[[0, 1]] * 2]), torch.tensor(p[:2], dtype=torch.float64).log().expand(1, 2, 2))
+    student = Signal(logits=torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log().expand(1, 2, 4))
+    found = get("dkd")(student, Signal(sparse=stored), {"labels": torch.tensor([[0, 3]])})["loss"]
+    pairs = [(p[2], q[2]), (1 - p[2], 1 - q[2]), *((p[i] / 0.8, q[i] / 0.3) for i in (0, 1))]
+    assert float(found) == pytest.approx(sum(x * math.log(x / y) for x, y in pairs))
+    with pytest.raises(BadInput, match="rest"):
+        get("dkd", rest="zero")
 
 
 def test_an_interrupted_capture_goes_on(tmp_path):

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 from conftest import make_tiny
-from distilling import Trained, arguments, rows, shapes, state, token_case
+from distilling import Case, Trained, arguments, rng, rows, shapes, state, token_case
 
 from transfuse.core.batches import encode_examples
 from transfuse.core.errors import BadInput
 from transfuse.core.llm import Scripted
 from transfuse.core.training import seeded
-from transfuse.distill import Distiller, LogitStore, Policy
+from transfuse.distill import Distiller, LogitStore, Policy, Signal
+from transfuse.distill._contrastive import Contrastive
 from transfuse.distill._cross import ULD, CrossCollator
 from transfuse.distill._features import MMD, HiddenStates
 from transfuse.distill._minillm import MiniLLM, OnPolicyReverseKL, RewardMinusKL, Rollouts
@@ -88,6 +89,55 @@ def decoupled(z, fixed, label, more):
     return 1.0 * binary + 0.5 * rest
 
 
+def marked(seed):
+    """Logits, labels with gaps, and which of the labelled tokens belong to a rationale."""
+    g = rng(seed)
+    labels = torch.randint(1, 7, (3, 5), generator=g)
+    labels[0, :2] = labels[2, 3:] = -100
+    return {
+        "student": 2 * torch.randn(3, 5, 7, generator=g, dtype=torch.float64),
+        "labels": labels,
+        "rationale": torch.tensor(
+            [[0, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 1, 1]]
+        ),  # a first one never counts
+    }
+
+
+def two_means(weight):
+    """Answers and rationales, each over its own tokens."""
+
+    def value(live, fixed):
+        parts = ([], [])
+        for b in range(3):
+            for t in range(1, live["labels"].shape[1]):
+                label = int(live["labels"][b, t])
+                if label != -100:
+                    cost = -log(spread(live["student"][b, t - 1])[label])
+                    parts[int(live["rationale"][b, t])].append(cost)
+        return sum(parts[0]) / len(parts[0]) + weight * sum(parts[1]) / len(parts[1])
+
+    return value
+
+
+def more_tokens(x):
+    fills = {"student": math.nan, "labels": -100, "rationale": 1}
+    return {k: torch.cat([v, v.new_full((3, 2, *v.shape[2:]), fills[k])], 1) for k, v in x.items()}
+
+
+def without_the_first_class(x):
+    return {**x, "student": x["student"].index_fill(2, torch.tensor([0]), -torch.inf)}
+
+
+def step_by_step(weight):
+    return Case(
+        f"step-by-step-{weight}", marked,
+        lambda x: get("step-by-step", rationale_weight=weight)(Signal(logits=x["student"]), None, x)["loss"],
+        two_means(weight), ("student",), padded=more_tokens, excluded=without_the_first_class,
+        couples="answers and rationales have means of their own",
+        without={"least": "the least cross-entropy is at infinity"},
+    )  # fmt: skip
+
+
 def labels_and_teacher(z, fixed, label, more):
     return 0.5 * kl(spread(more["teacher"]), spread(z)) - 0.7 * log(spread(z)[label])
 
@@ -104,6 +154,8 @@ CASES = [
     token_case("decoupled", lambda: get("dkd", beta=0.5), decoupled),
     token_case("labels", lambda: get("forward-kl", kd_weight=0.5, ce_weight=0.7), labels_and_teacher,
                least=None, without={"least": "the labels pull away from the teacher"}),
+    step_by_step(1.0),
+    step_by_step(0.3),
 ]  # fmt: skip
 
 
@@ -131,8 +183,6 @@ def test_the_ends_of_jsd_are_the_two_kls():
 
 
 def objective_loss(objective, x):
-    from transfuse.distill import Signal
-
     return objective(Signal(logits=x["student"]), Signal(logits=x["teacher"]), x)["loss"]
 
 
@@ -141,6 +191,78 @@ def test_jsd_is_bounded_and_variation_is_zero_at_equality():
     x = {"student": z, "teacher": -z, "labels": torch.ones(1, 30, dtype=torch.long)}
     assert float(objective_loss(get("jsd"), x)) <= math.log(2) + 1e-12
     assert float(objective_loss(get("total-variation"), {**x, "teacher": z})) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_token_that_one_side_alone_rules_out(side, dtype):
+    """Every divergence and its slope stay finite, also where it is the target."""
+    (case,) = [c for c in CASES if c.name == "reverse"]
+    for name, more in [
+        *((name, {}) for name in sorted(FORMULAS)),
+        ("jsd", {"beta": 0.0}),
+        ("jsd", {"beta": 1.0}),
+    ]:
+        x = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.inputs(0).items()}
+        x[side][..., 1] = -torch.inf
+        x["labels"][1] = 1
+        x["student"].requires_grad_()
+        loss = objective_loss(get(name, **more), x)
+        assert 0 < float(loss.detach()) < math.inf, name
+        assert torch.autograd.grad(loss, x["student"])[0].isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["minillm", "on-policy-reverse-kl"])
+def test_a_sampled_token_that_the_teacher_rules_out(name, dtype):
+    g = rng(0)
+    z, old = torch.randn(2, 4, 7, generator=g, dtype=dtype), -torch.rand(2, 4, generator=g, dtype=dtype)
+    taught = z.flip(0).index_fill(2, torch.tensor([3]), -torch.inf)
+    batch = {"labels": torch.tensor([[-100, 3, 2, 3], [-100, 1, 3, -100]]), "old_log_probs": old}
+    z.requires_grad_()
+    found = get(name)(Signal(logits=z), Signal(logits=taught), batch)
+    assert all(math.isfinite(float(value.detach())) for value in found.values())
+    assert torch.autograd.grad(found["loss"], z)[0].isfinite().all()
+
+
+def test_step_by_step_over_a_whole_update():
+    """Micro-batches with answers alone and with rationales alone: means are over the whole update."""
+    data = [{**row, "rationale": [int(i % 2)] * 10} for i, row in enumerate(rows(4))]
+    data[0] = {name: values[:6] for name, values in data[0].items()}
+    found = []
+    for size, steps in ((4, 1), (1, 4)):
+        student = make_tiny("llama", seed=2, layers=1)
+        settings = arguments(
+            "unused", max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            optim="sgd", learning_rate=0.1,
+        )  # fmt: skip
+        made = Distiller(
+            student=student,
+            objective=get("step-by-step", rationale_weight=0.5),
+            train_dataset=data,
+            args=settings,
+        )
+        made.train()
+        found.append(made.figures)
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == {"loss", "answer", "rationale"}
+        assert one["loss"] == pytest.approx(one["answer"] + 0.5 * one["rationale"], rel=1e-6)
+        assert all(one[name] == pytest.approx(other[name], rel=1e-4) for name in one)
+
+
+def test_step_by_step_needs_its_marks():
+    x = marked(0)
+    alone = {**x, "rationale": torch.zeros_like(x["rationale"])}
+    found = get("step-by-step")(Signal(logits=x["student"]), None, alone)
+    plain = get("cross-entropy")(Signal(logits=x["student"]), None, x)
+    assert float(found["rationale"]) == 0.0 and float(found["loss"]) == pytest.approx(float(plain["loss"]))
+    for wrong in (None, x["rationale"][:, :3]):
+        with pytest.raises(BadInput, match="rationale"):
+            get("step-by-step")(Signal(logits=x["student"]), None, {**x, "rationale": wrong})
+    with pytest.raises(BadInput, match="rationale"):
+        student_of("step-by-step")
+    with pytest.raises(BadInput, match="rationale_weight"):
+        get("step-by-step", rationale_weight=-1.0)
 
 
 def test_unknown_objectives_and_arguments():
@@ -215,7 +337,7 @@ def feature(tokenizer, folder):
 
 
 def feedback(tokenizer, folder):
-    student_of("jsd", teacher=tiny_teacher(), policy=Policy(fraction=0.5, max_new_tokens=4))
+    student_of("jsd", teacher=tiny_teacher(), policy=Policy(fraction=0.5, max_new_tokens=4, seq_kd=True))
     asked = [{"prompt": "2 + 2?", "candidates": ["five", "four"]}]
     pairs = elicit.feedback(Scripted(["B", "A"]), asked)
     assert pairs.to_list() == [{"prompt": "2 + 2?", "chosen": "four", "rejected": "five"}]
@@ -240,13 +362,14 @@ def supervised(tokenizer, folder):
     data = [{name: value.tolist() for name, value in zip(written, each, strict=True) if name != "attention_mask"}
             for each in zip(*written.values(), strict=True)]  # fmt: skip
     student_of("cross-entropy", data)
+    student_of("step-by-step", [{**row, "rationale": [0] * 5 + [1] * 5} for row in rows()])
 
 
 def divergences(tokenizer, folder):
     for name in OBJECTIVES:
         if name in FORMULAS:
             student_of(name, teacher=tiny_teacher())
-    for objective in (HiddenStates(), MMD(), AttentionRelation()):
+    for objective in (HiddenStates(), MMD(), Contrastive(), AttentionRelation()):
         student_of(objective, teacher=tiny_teacher())
     student_of(
         ULD(), ["The capital of France is Paris.", "The mayor was born in Quenby."], teacher=tiny_teacher(),

@@ -77,6 +77,30 @@ def trainer(folder, objective=None, seed=0, data=None, **options):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("student_tau", ["swing", "base"])
+def test_a_stored_teacher_and_a_temperature_per_token(student_tau):
+    """The student is tempered over its whole vocabulary, the teacher as far as it is known."""
+    p, q = [0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]
+    stored = (torch.tensor([[[0, 1]] * 3]), torch.tensor(p[:2], dtype=torch.float64).log().expand(1, 3, 2))
+    signals = Signal(logits=torch.tensor(q, dtype=torch.float64).log().expand(1, 3, 4)), Signal(sparse=stored)
+    scores = [0.25, 1.0]
+    batch = {
+        "labels": torch.tensor([[1, 2, 0]]),
+        "privacy": torch.tensor([[0.0, *scores]], dtype=torch.float64),
+    }
+    expected = 0.0
+    for r in scores:
+        tau = 2.0 * 10.0**r
+        own = tau if student_tau == "swing" else 2.0
+        roots, theirs = [x ** (1 / own) for x in q], [x ** (1 / tau) for x in (0.5, 0.3, 0.2)]
+        ours = [x / sum(roots) for x in (roots[0], roots[1], roots[2] + roots[3])]
+        expected += (
+            4.0 * sum(x / sum(theirs) * math.log(x / sum(theirs) / y) for x, y in zip(theirs, ours)) / 2
+        )
+    found = SwingDistillation(student_tau=student_tau, **CALM)(*signals, batch)["loss"]
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
 def train(seed):
     made = trainer("unused", SwingDistillation(kd_weight=0.5), seed, max_steps=40)
     kept = state(made.model.readers[0].model)

@@ -159,6 +159,30 @@ def test_an_unknown_length_is_refused():
         TAID().on_step({"kd": 1.0, "loss": 1.0}, 1, 0)
 
 
+def test_without_its_objective_there_is_nothing_to_watch(tmp_path):
+    made = trainer(tmp_path, TAID(t_start=0.2, kd_weight=0.0, ce_weight=1.0), max_steps=2)
+    made.train()
+    assert set(made.figures[-1]) == {"loss", "ce"} and float(made.objective.t) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("track", ["ce", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_that_the_student_alone_rules_out(track, dtype):
+    """At t = 1 its log-probability counts as that of the smallest normal number, without a slope."""
+    tiny = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}[dtype]
+    p, q = [0.5, 0.25, 0.25], [0.75, 0.25, 0.0]
+    z = torch.tensor([[q] * 2], dtype=dtype).log().requires_grad_()
+    objective = TAID(track=track)
+    objective.t.fill_(1.0)
+    teacher = Signal(logits=torch.tensor([[p] * 2], dtype=dtype).log())
+    value = objective(Signal(logits=z), teacher, {"labels": torch.tensor([[0, 1]])})["loss"]
+    expected = -sum(a * math.log(b or tiny) for a, b in zip(p, q, strict=True))
+    expected += sum(a * math.log(a) for a in p) if track == "kl" else 0.0
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-6)
+    (slope,) = torch.autograd.grad(value, z)
+    assert slope[0, 0].tolist() == pytest.approx([0.75 * 0.75 - 0.5, 0.25 * 0.75 - 0.25, 0.0], abs=1e-6)
+
+
 KILLED = """
     import hashlib, sys
     sys.path[:0] = [{tests!r}, {tests!r} + "/distill"]

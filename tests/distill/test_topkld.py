@@ -125,6 +125,30 @@ def test_every_part_is_positive_and_a_bare_partial_sum_is_not():
     assert float(bare.min()) < -0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_that_only_one_side_rules_out(dtype):
+    """log 0 counts as the log of the smallest normal number; a probability that underflows counts as none."""
+    tiny = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}[dtype]
+    log_a = torch.tensor([math.log(0.25), -2000.0, -torch.inf, -2000.0, -torch.inf], dtype=dtype)
+    log_b = torch.tensor([-torch.inf, -torch.inf, -torch.inf, math.log(0.5), math.log(0.5)], dtype=dtype)
+    expected = [0.25 * (math.log(0.25) - math.log(tiny)) - 0.25, 0.0, 0.0, 0.5, 0.5]
+    found = mass_terms(log_a.requires_grad_(), log_b.requires_grad_())
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    slopes = torch.autograd.grad(found.sum(), [log_a, log_b])
+    assert slopes[0].tolist() == pytest.approx(
+        [0.25 * (math.log(0.25) - math.log(tiny)), 0, 0, 0, 0], rel=1e-6
+    )
+    assert slopes[1].tolist() == pytest.approx([0, 0, 0, 0.5, 0.5])  # -a + b, and none from what is floored
+    for variant in ("head_forward", "head_reverse", "full_forward_plus_head_reverse"):
+        for side in (0, 1):
+            z = [x.to(dtype) for x in pair()]
+            z[side][..., 2] = -torch.inf
+            z[0].requires_grad_()
+            loss = loss_of(TopKLD(k=3, variant=variant), *z)
+            assert 0 < float(loss.detach()) < math.inf
+            assert torch.autograd.grad(loss, z[0])[0].isfinite().all()
+
+
 def test_ties_go_to_the_smaller_ids():
     p = torch.tensor([[3.0, 1.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
     expected = [[1, 1, 0, 0, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]
@@ -408,7 +432,7 @@ def test_a_power_law_is_fitted():
     assert found.best(1000.0) == 4 and found.best(0.01) == 8
     assert len(found.rows) == 8
     row = next(r for r in found.rows if r["bits"] == 8 and r["model"] == 1)
-    assert (row["parameters"], row["total_bits"], row["compute_bits"]) == (64, 512, 2 * 64 * 64)
+    assert (row["parameters"], row["total_bits"], row["compute_bits"]) == (64, 512, 2 * 64 * 8 * 16)  # W8A16
     assert all(not parametrize.is_parametrized(model[0]) for model in models)
     sizes = [r["total_bits"] for r in found.envelope()]
     values = [r["metric"] for r in found.envelope()]
@@ -423,11 +447,31 @@ def test_sizes_count_what_is_not_rounded():
     rest = sum(p.numel() for p in model.parameters()) - matrices
     (row,) = bit_scaling([model], [3], lambda m: 1.0).rows
     assert row["total_bits"] == 3 * matrices + 16 * rest
-    assert row["compute_bits"] == 2 * 9 * (matrices - model.embed.weight.numel())
+    assert row["compute_bits"] == 2 * 3 * 16 * (matrices - model.embed.weight.numel())
     assert math.isnan(bit_scaling([model], [3], lambda m: 1.0).exponents[3][1])
     for wrong in (lambda: bit_scaling([], [3], len), lambda: bit_scaling([model], [3], lambda m: 0.0)):
         with pytest.raises(BadInput):
             wrong()
+
+
+def test_activations_are_rounded_where_their_width_is_given():
+    """Bits of both sides multiply; by default activations have 16 and stay as they are."""
+    x, outputs = torch.tensor([[1.0, 0.3, -0.55]]), []
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    nn.init.eye_(model[0].weight)
+
+    def metric(rounded):
+        outputs.append(rounded(x)[0].tolist())
+        return 1.0
+
+    (wide,) = bit_scaling([model], [4], metric).rows
+    (narrow,) = bit_scaling([model], [4], metric, activation_bits=3).rows
+    assert (wide["compute_bits"], narrow["compute_bits"]) == (2 * 9 * 4 * 16, 2 * 9 * 4 * 3)
+    assert wide["total_bits"] == narrow["total_bits"] == 36
+    assert outputs[0] == pytest.approx([1.0, 0.3, -0.55])
+    assert outputs[1] == pytest.approx([1.0, 1 / 3, -2 / 3])  # steps of a third
+    with pytest.raises(BadInput, match="activation_bits"):
+        bit_scaling([model], [4], metric, activation_bits=0)
 
 
 def test_a_discrete_token_forgives_small_errors():

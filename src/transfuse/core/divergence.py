@@ -2,8 +2,10 @@
 
 Logits of any float dtype are taken to float32 (float64 stays) a chunk of tokens at a time, and recomputed in
 the backward pass, so beside the two logit tensors and their gradients only one chunk exists at any moment.
-A probability of zero (a logit of -inf) contributes 0 log 0 = 0; where q is zero and p is not, KL(p || q) is
-infinite. Values are in nats and are not multiplied by the squared temperature.
+A probability of zero (a logit of -inf) contributes 0 log 0 = 0. Where q is zero and p is not, KL(p || q) is infinite
+by its formula; here such a q counts as the smallest normal number of its dtype (1.2e-38 in float32, log -87.3; 2.2e-308
+in float64, log -708.4), which takes no gradient: values stay finite and non-negative, and slopes are those of p and of
+the tokens that q allows. Values are in nats and are not multiplied by the squared temperature.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from .errors import BadInput, IncompatibleModels
 __all__ = [
     "adaptive_terms",
     "decoupled_terms",
+    "floored",
     "forward_kl",
     "jsd",
     "jsd_terms",
@@ -46,14 +49,18 @@ def _bounded(log_p: Tensor) -> bool:
     return bool(log_p.detach().min() > -torch.inf)
 
 
+def floored(log_q: Tensor) -> Tensor:
+    """Log-probabilities with the log of their dtype's smallest normal number, without gradient, in place of -inf."""
+    return log_q.masked_fill(log_q == -torch.inf, math.log(torch.finfo(log_q.dtype).tiny))
+
+
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) over the last axis from log-probabilities `[..., V]`; 0 log 0 = 0."""
+    """KL(p || q) over the last axis from log-probabilities `[..., V]`; 0 log 0 = 0; log q is `floored`."""
     p = log_p.exp()
     if _bounded(log_p) and _bounded(log_q):
         return (p * (log_p - log_q)).sum(-1)
-    absent = p == 0  # also where it is too small for its dtype: 0 times infinity is no number
-    difference = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
-    return (p.masked_fill(absent, 0.0) * difference).sum(-1)
+    absent = p == 0  # also where it is too small for its dtype
+    return (p * (log_p.masked_fill(absent, 0.0) - floored(log_q))).sum(-1)
 
 
 def check_share(name: str, value: float, remedy: str = "give such a number") -> None:
@@ -131,7 +138,9 @@ def decoupled_terms(
     parts = []
     for each in (log_q, log_p):
         others = each.masked_fill(target, -torch.inf)
-        rest = torch.logsumexp(others, -1, keepdim=True)
+        alone = others.amax(-1, keepdim=True) == -torch.inf  # logsumexp has no gradient there
+        rest = torch.logsumexp(others.masked_fill(alone, 0.0), -1, keepdim=True)
+        rest = rest.masked_fill(alone, -torch.inf)
         binary = torch.cat([each.gather(-1, labels.unsqueeze(-1)), rest], -1)
         parts.append((binary, torch.where(rest > -torch.inf, others - rest, others)))
     (binary_q, others_q), (binary_p, others_p) = parts
@@ -212,7 +221,7 @@ def forward_kl(
 ) -> Tensor:
     """KL(teacher || student): the student must cover all that the teacher holds possible.
 
-    Arguments, result and errors as in `tokenwise`.
+    Finite where it does not: see the module's text. Arguments, result and errors as in `tokenwise`.
     """
     return tokenwise(
         lambda log_q, log_p: kl_terms(log_p, log_q),
@@ -230,7 +239,7 @@ def reverse_kl(
 ) -> Tensor:
     """KL(student || teacher): the student must stay where the teacher is.
 
-    Arguments, result and errors as in `tokenwise`.
+    Finite where it does not: see the module's text. Arguments, result and errors as in `tokenwise`.
     """
     return tokenwise(kl_terms, student, teacher, mask=mask, temperature=temperature, reduction=reduction)
 

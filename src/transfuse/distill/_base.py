@@ -21,6 +21,7 @@ from ..core import taps
 from ..core.batches import IGNORED
 from ..core.errors import BadInput, IncompatibleModels, NotApplicable
 from ..core.fused import Head, fused_sums, head_of
+from ._sparse import reduced
 
 __all__ = [
     "CrossEntropy",
@@ -175,6 +176,10 @@ class TokenObjective(Objective):
             `[n]`.
         """
 
+    def student_temperature(self, student: Tensor, **columns: Tensor) -> Tensor | float:
+        """What `terms` divides these logits by: a number, or `[n]`; asked for a stored teacher only."""
+        return 1.0
+
     def combine(
         self,
         student: Tensor,
@@ -188,7 +193,8 @@ class TokenObjective(Objective):
         found: dict[str, Tensor] = {}
         if self.kd_weight:
             if ids is not None and log_probs is not None:
-                ours, theirs, where = reduced(student, ids, log_probs, labels, self.rest)
+                heat = self.student_temperature(student, **columns)
+                ours, theirs, where = reduced(student, ids, log_probs, labels, self.rest, heat)
                 found["kd"] = self.terms(ours, theirs, where, **columns)
             else:
                 assert teacher is not None
@@ -265,35 +271,6 @@ def check_vocabulary(student: Tensor, teacher: Tensor) -> None:
             "teacher", teacher.shape[-1], f"classes, the student has {student.shape[-1]}",
             "use models with one label space or vocabulary",
         )  # fmt: skip
-
-
-def reduced(
-    student: Tensor, ids: Tensor, log_probs: Tensor, labels: Tensor, rest: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both models over the vocabulary "the k stored tokens, and all others": log-probabilities and labels.
-
-    Args:
-        student: Logits `[n, V]`.
-        ids: int64 `[n, k]`.
-        log_probs: The teacher's log-probabilities of them, `[n, k]`.
-        labels: int64 `[n]`.
-        rest: "bucket" or "zero", see `TokenObjective`.
-
-    Returns:
-        Student and teacher `[n, k + 1]` ("zero": `[n, k]`), and each label's place in them.
-    """
-    log_q = torch.log_softmax(student, -1)
-    ours, theirs = log_q.gather(-1, ids), log_probs.to(log_q.dtype)
-    found = ids == labels.unsqueeze(-1)
-    where = torch.where(found.any(-1), found.int().argmax(-1), ids.shape[-1] - (rest == "zero"))
-    if rest == "bucket":
-        ours, theirs = (torch.cat([x, _leftover(x)], -1) for x in (ours, theirs))
-    return ours, theirs, where
-
-
-def _leftover(log_p: Tensor) -> Tensor:
-    """log(1 - sum p), at least log 1e-7 so that its slope stays finite."""
-    return torch.log((1.0 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-7))
 
 
 class Reader:

@@ -55,28 +55,34 @@ def bit_scaling(
     metric: Callable[[nn.Module], float],
     *,
     quantizer: Callable[[nn.Module, int], nn.Module] | None = None,
+    activation_bits: int | None = None,
     other_bits: int = 16,
 ) -> BitScaling:
     """Measure the law of quality per bit.
 
     Total bits are width times quantized weights, plus `other_bits` times the remaining parameters. Compute bits are
-    those of one token (one place of an image): 2 bits^2 per weight of linear, convolution and recurrent layers, with
-    activations as wide as the weights.
+    those of one token (one place of an image): 2 times width times the activations' bits per weight of linear,
+    convolution and recurrent layers, W4A16 for width 4 and activations in 16 bits.
 
     Args:
         models: Full-precision models of several sizes; not changed.
         bits: Widths.
         metric: From a quantized model to a positive figure that is better when smaller.
-        quantizer: From a copy of a model and a width to the quantized model; rounding to nearest by default.
+        quantizer: From a copy of a model and a width to the quantized model; by default rounding to nearest, of the
+            inputs of those layers too where `activation_bits` is given. One of your own sees to the activations itself.
+        activation_bits: Of the activations; None for 16, and none is rounded.
         other_bits: Of what is not quantized.
 
     Raises:
-        BadInput: no model or width; a metric that is not positive.
+        BadInput: no model or width; a metric that is not positive; activation bits that are not from 1 to 16.
     """
     if not models or not bits:
         raise BadInput("models", len(models), f"and {len(bits)} widths span no table", "give both")
+    if activation_bits is not None and not 1 <= activation_bits <= 16:
+        raise BadInput("activation_bits", activation_bits, "is not a number from 1 to 16", "give a bit width")
     found = BitScaling()
-    rounding = quantizer or (lambda model, width: fake_quant(model, bits=width))
+    rounding = quantizer or (lambda model, width: fake_quant(model, bits=width, activations=activation_bits))
+    across = 16 if activation_bits is None else activation_bits
     for width in bits:
         points = []
         for i, model in enumerate(models):
@@ -91,7 +97,7 @@ def bit_scaling(
             points.append((math.log(size), math.log(value)))
             found.rows.append({
                 "model": i, "bits": width, "parameters": whole, "total_bits": size,
-                "compute_bits": 2 * multiplied * width * width, "metric": value,
+                "compute_bits": 2 * multiplied * width * across, "metric": value,
             })  # fmt: skip
         found.exponents[width] = _line(points)
     return found

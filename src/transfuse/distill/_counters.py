@@ -19,14 +19,15 @@ CSRNET_TAPS = ("frontend.1", "frontend.4", "frontend.9", "frontend.16", "backend
 """SKT's taps: ReLU of conv1_1, the three max-pools, ReLU of the first and the fourth dilated convolution."""
 
 
-def shrink_density(density: Tensor, stride: int = 8) -> Tensor:
+def shrink_density(density: Tensor, stride: int = 8, *, clamp: bool = True) -> Tensor:
     """A density map on the grid of a counter's output: cubic interpolation times the area of a cell.
 
-    Sizes are halved with rounding up as often as ceil-mode pooling does. Undershoots are set to 0.
+    Sizes are halved with rounding up as often as ceil-mode pooling does.
 
     Args:
         density: `[B, 1, H, W]`, dots blurred so that an object sums to 1.
         stride: A power of 2.
+        clamp: Set undershoots of the interpolation to 0; the authors' code keeps them, `SKT` refuses them.
 
     Returns:
         `[B, 1, ceil(H / stride), ceil(W / stride)]` with about the same sum.
@@ -40,7 +41,8 @@ def shrink_density(density: Tensor, stride: int = 8) -> Tensor:
     for _ in range(stride.bit_length() - 1):
         size = tuple(math.ceil(n / 2) for n in size)
     small = nn.functional.interpolate(density, size=size, mode="bicubic", align_corners=False)
-    return (small * stride**2).clamp_min(0.0)
+    small = small * stride**2
+    return small.clamp_min(0.0) if clamp else small
 
 
 class CSRNet(nn.Module):

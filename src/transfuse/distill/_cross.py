@@ -298,6 +298,9 @@ class HybridULD(ULD):
     Args:
         vocabulary: The ids of the shared tokens, student's and teacher's, int `[k]` each; None to find them from the
             two tokenizers that `Distiller` is given (`processing_class`, `teacher_tokenizer`).
+        by: What makes two tokens one, where they are found from the tokenizers: "text", the bytes they stand for, so
+            that a space is a space however a vocabulary writes it; or "piece", the vocabularies' own spelling, as TRL
+            pairs them.
         beta: Weight of the teacher in JSD's mixture. At 0 and 1, forward and reverse KL, which over a part of the
             vocabulary may fall below zero.
         shared_weight: Weight of the shared tokens; None for their share of the teacher's vocabulary.
@@ -319,6 +322,7 @@ class HybridULD(ULD):
         self,
         *,
         vocabulary: tuple[Sequence[int], Sequence[int]] | None = None,
+        by: Literal["text", "piece"] = "text",
         beta: float = 0.5,
         shared_weight: float | None = None,
         other_weight: float | None = None,
@@ -335,13 +339,15 @@ class HybridULD(ULD):
             kd_weight=kd_weight,
             ce_weight=ce_weight,
         )
+        if by not in ("text", "piece"):
+            raise BadInput("by", by, "is not known", 'use "text" or "piece"')
         if not 0.0 <= beta <= 1.0:
             raise BadInput("beta", beta, "is not between 0 and 1", "give a share")
         if (shared_weight is None) != (other_weight is None):
             weights = f"{shared_weight}, other_weight = {other_weight}"
             raise BadInput("shared_weight", weights, "are one weight of two", "give both, or neither")
         self.beta, self.shared_weight, self.other_weight = beta, shared_weight, other_weight
-        self.given = vocabulary is not None
+        self.given, self.by = vocabulary is not None, by
         for name, ids in zip(("ours", "theirs"), vocabulary or ((), ()), strict=True):
             self.register_buffer(name, torch.as_tensor(ids, dtype=torch.long), persistent=False)
         if len(self.ours) != len(self.theirs):
@@ -361,7 +367,8 @@ class HybridULD(ULD):
         if tokenizer is None or theirs is None:
             remedy = "pass processing_class and teacher_tokenizer to Distiller, or the ids"
             raise BadInput("vocabulary", None, "cannot be found without the tokenizers", remedy)
-        self.ours, self.theirs = (torch.from_numpy(ids) for ids in shared_vocabulary(tokenizer, theirs))
+        pairs = shared_vocabulary(tokenizer, theirs, by=self.by)
+        self.ours, self.theirs = (torch.from_numpy(ids) for ids in pairs)
 
     def between(self, log_q: Tensor, log_p: Tensor) -> dict[str, Tensor]:
         ours, theirs = (ids.to(log_q.device) for ids in (self.ours, self.theirs))

@@ -85,6 +85,8 @@ class Distiller(SafeTrainer):
         if policy is not None and objective.cross_vocabulary:
             raise NotApplicable("policy", type(policy).__name__, "writes one vocabulary only", "leave it out")
         objective.prepare(student, models, processing_class, teacher_tokenizer)
+        if policy is not None:
+            policy.prepare(models)
         fuse = not objective.needs_logits
         reader = Reader(student, patterns=objective.student_taps, fuse=fuse)
         taps = objective.teacher_taps

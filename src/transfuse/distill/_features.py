@@ -25,6 +25,7 @@ __all__ = [
     "LayerObjective",
     "mmd",
     "state_terms",
+    "thinned",
 ]
 
 Distance = Literal["mse", "l1", "cosine", "ce"]
@@ -84,6 +85,14 @@ def mmd(
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances; not by way of the products, which lose them between states of large norm."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def thinned(student: Tensor, teacher: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """At most so many of the rows `[n, D]` and `[n, D']`, the same of both, spread evenly."""
+    if len(student) <= most:
+        return student, teacher
+    places = torch.linspace(0, len(student) - 1, most, device=student.device).round().long()
+    return student[places], teacher[places]
 
 
 class LayerObjective(Objective):
@@ -299,8 +308,6 @@ class MMD(HiddenStates):
     def distance(self, student: Signal, teacher: Signal, batch: Mapping[str, Any]) -> Tensor:
         values = []
         for ours, theirs in self.chosen(student, teacher, batch):
-            if len(ours) > self.max_tokens:
-                places = torch.linspace(0, len(ours) - 1, self.max_tokens, device=ours.device).round().long()
-                ours, theirs = ours[places], theirs[places]
-            values.append(mmd(ours, theirs, bandwidth=self.bandwidth, unbiased=self.unbiased))
+            few = thinned(ours, theirs, self.max_tokens)
+            values.append(mmd(*few, bandwidth=self.bandwidth, unbiased=self.unbiased))
         return torch.stack(values).mean()

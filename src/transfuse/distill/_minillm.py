@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..core.batches import IGNORED
-from ..core.divergence import kl_terms
+from ..core.divergence import floored, kl_terms
 from ..core.errors import BadInput, NotApplicable
 from ._base import Objective, Signal, TokenObjective
 from ._likelihood import token_log_probs
@@ -155,7 +155,7 @@ class MiniLLM(Objective):
         sample, text = _kinds(batch)
         counts = {name: batch.get(name, own).clamp_min(1) for name, own in self.totals(batch).items()}
         with torch.no_grad():
-            theirs = at_tokens(token_log_probs(teacher, labels))
+            theirs = floored(at_tokens(token_log_probs(teacher, labels)))
             rewards = theirs - batch["old_log_probs"].to(theirs.dtype)
             if self.reward_clip is not None:
                 rewards = rewards.clamp(-self.reward_clip, self.reward_clip)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +13,30 @@ from torch import Tensor, nn
 from ..core.batches import IGNORED
 from ..core.errors import BadInput
 from ..core.generate import pad_batch
+from ._base import is_causal
 
 __all__ = ["AdaptivePolicy", "Policy", "continuations", "continued", "ends_of", "pad_of", "prompts_of"]
+
+_COLUMNS = ("input_ids", "attention_mask", "labels")
 
 
 class Policy(nn.Module):
     """GKD's rule (arXiv 2306.13649): with probability `fraction` a batch becomes the student's own samples.
 
-    A row's prompt is what comes before its first labelled token; the student's continuation, to and with its
-    end-of-text token, takes the place of what follows, and is what is predicted. No gradient passes through the
-    sampling. Draws from the global random state, which training seeds and checkpoints keep.
+    The other batches are the data's or, with `seq_kd`, the teacher's samples. A row's prompt is what comes before its
+    first labelled token; the continuation, to and with its end-of-text token, takes the place of what follows, and is
+    what is predicted. No gradient passes through the sampling. Draws from the global random state, which training
+    seeds and checkpoints keep.
 
     Args:
         fraction: Probability (lambda).
         max_new_tokens: Longest continuation.
         temperature: Of the sampling; top-k and top-p are off.
         prompt_tokens: Length of the prompt in rows whose tokens are all labelled; such rows are refused if None.
+        seq_kd: Let the teacher continue the prompts of the batches that the student does not.
+
+    Raises:
+        BadInput: an argument out of range.
     """
 
     def __init__(
@@ -38,6 +46,7 @@ class Policy(nn.Module):
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         prompt_tokens: int | None = None,
+        seq_kd: bool = False,
     ):
         super().__init__()
         if not 0.0 <= fraction <= 1.0:
@@ -47,7 +56,19 @@ class Policy(nn.Module):
         if not temperature > 0:
             raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
         self.fraction, self.max_new_tokens = fraction, max_new_tokens
-        self.temperature, self.prompt_tokens = temperature, prompt_tokens
+        self.temperature, self.prompt_tokens, self.seq_kd = temperature, prompt_tokens, seq_kd
+        self._writers: tuple[nn.Module, ...] = ()  # in a tuple, so that the teacher is no submodule
+
+    def prepare(self, teachers: Sequence[nn.Module]) -> None:
+        """Called before training with the teachers that are models.
+
+        Raises:
+            BadInput: `seq_kd` without one teacher that can write.
+        """
+        if self.seq_kd and (len(teachers) != 1 or not is_causal(teachers[0])):
+            problem = "is asked for, and there is not one language model to write as the teacher"
+            raise BadInput("seq_kd", True, problem, "give one teacher model, or leave it out")
+        self._writers = tuple(teachers) if self.seq_kd else ()
 
     def replace(self, student: nn.Module, batch: dict[str, Any], *, progress: float) -> dict[str, Any]:
         """The batch to train on.
@@ -57,13 +78,26 @@ class Policy(nn.Module):
             batch: As collated: `input_ids`, `attention_mask`, `labels`.
             progress: Share of the updates made, 0 to 1.
         """
-        return self.sampled(student, batch) if random.random() < self.fraction else batch
+        return self.sampled(student, batch) if random.random() < self.fraction else self.fixed(batch)
+
+    def fixed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What a batch is where the student does not write it: the data, or with `seq_kd` the teacher's samples.
+
+        Raises:
+            BadInput: `seq_kd` before `prepare`.
+        """
+        if not self.seq_kd:
+            return batch
+        if not self._writers:
+            raise BadInput("seq_kd", True, "has no teacher yet", "call prepare([teacher]) first")
+        home = batch["input_ids"].device
+        return {name: value.to(home) for name, value in self.sampled(self._writers[0], batch).items()}
 
     def on_evaluate(self, loss: float) -> None:
         """Called with each validation loss."""
 
     def sampled(self, student: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The student's continuations of the batch's prompts, as a batch of the same form."""
+        """A model's continuations of the batch's prompts, as a batch of the same form."""
         rows = prompts_of(batch, self.prompt_tokens)
         device = next(student.parameters()).device
         return continuations(
@@ -74,16 +108,21 @@ class Policy(nn.Module):
 class AdaptivePolicy(Policy):
     """DistiLLM's adaptive off-policy scheme (arXiv 2402.03898).
 
-    The probability phi of the student's outputs starts at 0 and rises by `increase` whenever the validation loss
-    does not improve. With r uniform in [0, 1): new samples, which are also stored, if r < phi (1 - progress), or if
-    r < phi while the buffer is not full; else stored ones if r < phi; else the data.
+    The probability phi of the student's outputs starts at 0. It rises by `increase` whenever the validation loss is not
+    below the best one so far; in the authors' code whenever it is not below the loss at the last rise (at first that
+    before training), so that there a run that got better and then worse again need not raise phi. With r uniform in
+    [0, 1): new samples, which are also stored, if r < phi (1 - progress), or if r < phi while the buffer is not full;
+    else as many stored ones as the batch has rows, drawn without replacement, if r < phi; else the data.
 
     phi and the best loss are in checkpoints; the buffer is not, and fills again after a resumption.
 
     Args:
         increase: Step of phi.
-        buffer: Batches kept, the oldest going first.
+        buffer: Sequences kept, the oldest going first; a batch must fit in.
         **options: Those of `Policy` but `fraction`.
+
+    Raises:
+        BadInput: an argument out of range; in training, more rows in a batch than `buffer`.
     """
 
     phi: Tensor
@@ -93,20 +132,25 @@ class AdaptivePolicy(Policy):
         super().__init__(fraction=0.0, **options)
         if buffer < 1:
             raise BadInput("buffer", buffer, "is below 1", "give a positive number")
-        self.increase = increase
-        self.stored: deque[dict[str, Any]] = deque(maxlen=buffer)
+        self.increase, self.buffer = increase, buffer
+        self.stored: deque[tuple[list[int], list[int]]] = deque(maxlen=buffer)  # token ids, and their labels
         self.register_buffer("phi", torch.zeros((), dtype=torch.float64))
         self.register_buffer("best", torch.full((), torch.inf, dtype=torch.float64))
 
     def replace(self, student: nn.Module, batch: dict[str, Any], *, progress: float) -> dict[str, Any]:
+        rows = len(batch["input_ids"])
+        if rows > self.buffer:
+            raise BadInput("buffer", self.buffer, f"sequences are fewer than a batch's {rows}", "keep more")
         draw, phi = random.random(), float(self.phi)
-        room = len(self.stored) < (self.stored.maxlen or 0)
-        if draw < phi * (1.0 - progress) or (draw < phi and room):
-            self.stored.append(self.sampled(student, batch))
-            return self.stored[-1]
+        if draw < phi * (1.0 - progress) or (draw < phi and len(self.stored) < self.buffer):
+            found = self.sampled(student, batch)
+            for ids, mask, labels in zip(*(found[name] for name in _COLUMNS), strict=True):
+                self.stored.append((ids[mask.bool()].tolist(), labels[mask.bool()].tolist()))
+            return found
         if draw < phi:
-            return self.stored[random.randrange(len(self.stored))]
-        return batch
+            ids, labels = zip(*random.sample(self.stored, rows), strict=True)
+            return _padded(ids, labels, pad_of(student), batch["input_ids"].device)
+        return self.fixed(batch)
 
     def on_evaluate(self, loss: float) -> None:
         if loss >= float(self.best):
@@ -121,7 +165,7 @@ def prompts_of(batch: Mapping[str, Any], prompt_tokens: int | None = None) -> li
         BadInput: a row begins with a labelled token and `prompt_tokens` is None.
     """
     rows = []
-    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+    for ids, mask, labels in zip(*(batch[name] for name in _COLUMNS), strict=True):
         ids, labels = ids[mask.bool()], labels[mask.bool()]
         labelled = (labels != IGNORED).nonzero()
         length = int(labelled[0]) if len(labelled) else len(ids)
@@ -187,12 +231,15 @@ def continued(
         end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
         rows.append(prompt + tokens[:end])
         labels.append([IGNORED] * len(prompt) + tokens[:end])
-    padded, attention = pad_batch(rows, pad)
-    return {
-        "input_ids": padded.to(device),
-        "attention_mask": attention.to(device),
-        "labels": pad_batch(labels, IGNORED)[0].to(device),
-    }
+    return _padded(rows, labels, pad, device)
+
+
+def _padded(
+    rows: Sequence[list[int]], labels: Sequence[list[int]], pad: int, device: torch.device
+) -> dict[str, Any]:
+    ids, mask = pad_batch(rows, pad)
+    made = zip(_COLUMNS, (ids, mask, pad_batch(labels, IGNORED)[0]), strict=True)
+    return {name: value.to(device) for name, value in made}
 
 
 def pad_of(model: Any) -> int:

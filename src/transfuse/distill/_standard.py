@@ -39,6 +39,9 @@ Rest = Literal["bucket", "zero"]
 class Divergence(TokenObjective):
     """A divergence between the tempered distributions of student and teacher, times the squared temperature.
 
+    With a stored teacher the student is tempered over its whole vocabulary, the teacher as far as it is known: its k
+    probabilities and the mass of the rest, each to the power 1 / temperature, renormalised.
+
     Args:
         temperature: Divides both logits.
         kd_weight: Weight of the divergence.
@@ -64,6 +67,9 @@ class Divergence(TokenObjective):
     @abc.abstractmethod
     def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
         """The divergence of each token, `[n]`, from log-probabilities `[n, V]`: q the student's, p the teacher's."""
+
+    def student_temperature(self, student: Tensor, **columns: Tensor) -> float:
+        return self.temperature
 
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, **columns: Tensor) -> Tensor:
         if self.temperature == 1.0:  # each pass over the vocabulary counts
@@ -160,14 +166,21 @@ class AdaptiveKL(Divergence):
 class DecoupledKD(Divergence):
     """DKD (arXiv 2203.08679): the target class against the rest, and the other classes among themselves.
 
+    With a stored teacher a target that is not among the k tokens is the class of the rest, so there has to be one.
+
     Args:
         alpha: Weight of the first part.
         beta: Weight of the second.
         **options: Those of `Divergence`.
+
+    Raises:
+        BadInput: `rest="zero"`, under which a target that is not stored has no class.
     """
 
     def __init__(self, *, alpha: float = 1.0, beta: float = 1.0, **options: Any):
         super().__init__(**options)
+        if self.rest == "zero":
+            raise BadInput("rest", "zero", "leaves out targets that are not stored", 'use "bucket" with DKD')
         self.alpha, self.beta = alpha, beta
 
     def between(self, log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..core.divergence import forward_kl
@@ -310,6 +311,7 @@ class GeneralTransfer:
         needy = self.partition == "labels" or self.alpha < 1
         models = [self.student, *self.teachers]
         rows = compared(models, self.inputs, batches, labels=needy, seed=seed) * accumulation
+        rows *= Accelerator().num_processes  # each has batches of its own
         rate = (1e-4 if self.tau is None else 0.01) * rows / ROWS if lr is None else lr
         every = max(1, round(2 * ROWS / rows)) if self.every is None else self.every
         begin = {name: value.clone() for name, value in self.student.state_dict().items()}
@@ -318,9 +320,7 @@ class GeneralTransfer:
         for number, chosen in enumerate(self._plan(batches)):
             if self.mode == "soup":
                 self.student.load_state_dict(begin)
-            slow = (
-                None if self.tau is None else copy.deepcopy(self.student)
-            )  # checkpoints keep what can train
+            slow = None if self.tau is None else copy.deepcopy(self.student)  # kept in checkpoints, too
             parts = {"student": self.student} | ({} if slow is None else {"slow": slow})
             weights = [p for p in self.student.parameters() if p.requires_grad]
             rule: torch.optim.Optimizer = (

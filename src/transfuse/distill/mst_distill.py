@@ -75,6 +75,7 @@ __all__ = [
     "Gate",
     "MSTDistill",
     "Stages",
+    "UnknownLayer",
     "kd_terms",
     "load_balance",
     "routed_terms",
@@ -82,6 +83,12 @@ __all__ = [
 ]
 
 Columns = Mapping[str, Tensor]
+
+
+class UnknownLayer(BadInput, KeyError):
+    """A layer that a teacher does not have."""
+
+    __str__ = Exception.__str__  # KeyError shows the representation of its text
 
 
 class MSTDistill:
@@ -114,7 +121,8 @@ class MSTDistill:
         seed: Of masks, gate and the order of the samples.
 
     Raises:
-        BadInput: arguments out of range; more teachers per sample than there are; layers that do not exist.
+        BadInput: arguments out of range; more teachers per sample than there are.
+        UnknownLayer: layers that do not exist; the message lists those that do.
     """
 
     def __init__(
@@ -174,9 +182,8 @@ class MSTDistill:
             known = [each for each, _ in teachers[name].named_modules() if each]
             for layer in layers:
                 if layer not in known:
-                    raise BadInput(
-                        f"mask_layers[{name}]", layer, "does not exist", f"use one of {', '.join(known)}"
-                    )
+                    remedy = f"use one of {', '.join(known)}"
+                    raise UnknownLayer(f"mask_layers[{name}]", layer, "does not exist", remedy)
             self.routes += [(name, layer) for layer in layers] or [(name, None)]
         least = 2 if balance == "cv" else 1
         if not 1 <= k <= len(self.routes) or len(self.routes) < least:
@@ -275,14 +282,13 @@ class MSTDistill:
                     )
             with seeded(self.seed):
                 build = Gate if len(self._shape) == 2 else DenseGate
-                self.gate_net = gate = build(self._shape[1], len(self.routes)).to(
-                    next(student.parameters()).device
-                )
+                device = next(student.parameters()).device
+                self.gate_net = gate = build(self._shape[1], len(self.routes)).to(device, self._dtype)
 
             def step(batch: Columns) -> Tensor:
                 nonlocal counts
                 said = _say(student, batch)
-                said = said.to(torch.promote_types(said.dtype, torch.float32))
+                said = said.to(self._dtype)
                 shares = torch.softmax(gate(said), dim=1)
                 taught = batch["_taught"] if self.precompute else self._taught(batch)
                 terms, chosen = routed_terms(said, taught, shares, k=self.k, gate=self.gate, tau=self.tau)
@@ -380,6 +386,7 @@ class MSTDistill:
         with frozen(nn.ModuleList(models)), torch.no_grad():
             said = [_say(model, next(self._parts(data[0], 2))) for model in models]
         self._shape = said[0].shape
+        self._dtype = torch.promote_types(said[0].dtype, torch.float32)
         for name, out in zip(self.teachers, said[1:]):
             if out.shape != said[0].shape:
                 sizes_of = (tuple(out.shape[1:]), tuple(said[0].shape[1:]))

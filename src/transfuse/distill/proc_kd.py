@@ -42,6 +42,7 @@ is not said; ours are the last of each third (`thirds` names them for a stack of
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -277,6 +278,15 @@ class ProCKD(Objective):
         self.aggregator: VLADAggregator | None = None
         self.augmentation: PrototypeAugment | None = None
         self._heads: list[nn.Module] = []  # the student's, so in a list: not a part of this module
+
+    def prepare(
+        self, student: nn.Module, teachers: Sequence[nn.Module], tokenizer: Any = None, theirs: Any = None
+    ) -> None:
+        """Freeze the teacher, with a warning, where its parameters could be trained and l1 is not 0."""
+        if self.weights[0] and any(p.requires_grad for model in teachers for p in model.parameters()):
+            warnings.warn("the teacher could be trained: its parameters are frozen now", stacklevel=3)
+            for model in teachers:
+                model.requires_grad_(False)
 
     def setup(self, student: Signal, teacher: Signal | None, batch: Mapping[str, Any]) -> None:
         """Build prototypes and modules.

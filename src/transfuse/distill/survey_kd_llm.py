@@ -13,7 +13,8 @@ distributions and states, or as judgements.
     expansion         `elicit.expand`: Self-Instruct with a ROUGE-L filter, rewriting to harder tasks
     curation          `elicit.curate`: a grid of topics, personas and difficulties
     feature           a teacher model in `Distiller`; `LogitStore`, its top-k on disk; hidden states by taps
-    feedback          `elicit.feedback`: preferences, corrections; `Policy`, its own samples judged by logits (GKD)
+    feedback          `elicit.feedback`: preferences, corrections; `Policy`, its own samples judged by logits (GKD;
+                      with `seq_kd` the teacher's samples in the other batches)
     self-knowledge    `elicit.self_train`: verified answers, self-rewarding pairs, own against given answers (SPIN)
 
 Then it is DISTILLED by an objective. p is the teacher's distribution of the next token and q the student's; every loss
@@ -21,6 +22,7 @@ is a sum over labelled tokens divided by their number in the whole update, in fl
 a factor where there is a temperature.
 
     fine-tuning       cross-entropy -log q(y) on the data, or on texts of the teacher (SeqKD)
+                      step-by-step  that of answers + lambda times that of rationales, each over its own tokens
     divergences       forward-kl  sum p (log p - log q)              reverse-kl  sum q (log q - log p)
                       total-variation  0.5 sum |p - q|               skew-kl  KL(p || a p + (1 - a) q), a = 0.1
                       jsd  b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q; b = 0 and 1 are the two KLs
@@ -28,6 +30,7 @@ a factor where there is a temperature.
                       adaptive-kl  the two KLs, weighed by sum |p - q| on p's head and tail; no gradient in the weights
                       dkd  the target against the rest, and the rest among themselves
     similarity        of hidden states (MSE, L1, cosine, cross-entropy, MMD) and of attention relations
+                      contrastive  each token's state in the teacher among those of the batch (InfoNCE)
     across tokenizers ULD: L1 of sorted probabilities of byte-aligned tokens; with shared tokens apart (GOLD)
     reinforcement     RewardRanking -log sigmoid(r_w - r_l), then RewardMinusKL; MiniLLM; OnPolicyReverseKL
     ranks             DPO, RRHF, PRO
@@ -54,6 +57,7 @@ from ..core.errors import BadInput
 from ..core.fields import suggest
 from . import _elicit as elicit
 from ._base import Objective
+from ._contrastive import Contrastive
 from ._cross import ULD, HybridULD
 from ._features import MMD, HiddenStates
 from ._minillm import MiniLLM, OnPolicyReverseKL, RewardMinusKL
@@ -70,6 +74,7 @@ from ._standard import (
     SkewReverseKL,
     TotalVariation,
 )
+from ._step_by_step import StepByStep
 
 __all__ = ["OBJECTIVES", "elicit", "get", "survey_kd_llm"]
 
@@ -83,10 +88,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "adaptive-kl": AdaptiveKL,
     "dkd": DecoupledKD,
     "cross-entropy": CrossEntropy,
+    "step-by-step": StepByStep,
     "uld": ULD,
     "hybrid-uld": HybridULD,
     "hidden-states": HiddenStates,
     "mmd": MMD,
+    "contrastive": Contrastive,
     "attention-relation": AttentionRelation,
     "minillm": MiniLLM,
     "on-policy-reverse-kl": OnPolicyReverseKL,

@@ -101,6 +101,9 @@ def swing_terms(
 class SwingDistillation(TokenObjective):
     """Distillation with token-wise temperatures and noise.
 
+    With a stored teacher the student is tempered over its whole vocabulary; the teacher's k probabilities and the mass
+    of the rest get the noise and the temperature, which for the rest is an approximation.
+
     Reads the column `privacy`: scores in [0, 1], `[B, T]`, of the tokens of `labels` at the same places (for a
     classifier `[B]`); `TokenPrivacyScorer.annotate` makes it. Its state is the number of passes made.
 
@@ -168,6 +171,11 @@ class SwingDistillation(TokenObjective):
         if self.epsilon is not None:
             return torch.full_like(privacy, self.sensitivity / self.epsilon)
         return self.sigma_0 + self.sigma_1 * privacy
+
+    def student_temperature(self, student: Tensor, **columns: Tensor) -> Tensor | float:
+        if self.student_tau == "base":
+            return self.tau_base
+        return swing_temperature(columns["privacy"].to(student.dtype), self.tau_base, self.tau_max)
 
     def terms(self, student: Tensor, teacher: Tensor, labels: Tensor, **columns: Tensor) -> Tensor:
         privacy = columns["privacy"].to(student.dtype)

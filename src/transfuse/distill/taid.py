@@ -43,7 +43,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.divergence import kl_terms
+from ..core.divergence import floored, kl_terms
 from ..core.errors import BadInput
 from ._base import TokenObjective
 
@@ -162,15 +162,16 @@ class TAID(TokenObjective):
         log_q = torch.log_softmax(student, dim=-1)
         if self.track == "kl":
             return kl_terms(log_p, log_q)
-        absent = log_p == -torch.inf
-        return -(log_p.exp() * log_q.masked_fill(absent, 0.0)).sum(-1)
+        return -(log_p.exp() * floored(log_q)).sum(-1)
 
     def on_step(self, figures: Mapping[str, float], step: int, total: int) -> None:
-        """Move t; see `next_t`.
+        """Move t; see `next_t`. With kd_weight = 0 there is no J to watch, and t stays.
 
         Raises:
             BadInput: the number of updates is not known.
         """
+        if not self.kd_weight:
+            return
         if not total > 0:
             raise BadInput(
                 "total", total, "updates: TAID's line needs their number", "set max_steps or epochs"

@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.divergence import kl_terms
+from ..core.divergence import floored, kl_terms
 from ..core.errors import BadInput
 from ._base import TokenObjective
 from ._bit_scaling import BitScaling, bit_scaling, perturbation_tolerance
@@ -78,11 +78,13 @@ def head_mask(log_p: Tensor, k: int) -> Tensor:
 
 
 def mass_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """D(a, b) = a log(a / b) - a + b, elementwise, from log-probabilities `[..., V]`: b where a is 0."""
-    absent = log_a == -torch.inf
+    """D(a, b) = a log(a / b) - a + b, elementwise, from log-probabilities `[..., V]`: b where a is 0.
+
+    Where b is 0 and a is not, log b is floored, so that D is finite (`core.divergence`).
+    """
     a = log_a.exp()
-    difference = log_a.masked_fill(absent, 0.0) - log_b.masked_fill(absent, 0.0)
-    return a * difference - a + log_b.exp()
+    absent = a == 0  # also where it is too small for its dtype
+    return a * (log_a.masked_fill(absent, 0.0) - floored(log_b)) - a + log_b.exp()
 
 
 def topk_terms(log_q: Tensor, log_p: Tensor, head: Tensor, variant: Variant, tail_weight: float) -> Tensor:
