@@ -42,8 +42,9 @@ SEEDS = {"quick": 3, "full": 5}
 NOTES = (
     "Quick: of the eight attributes the first five are targets; their own adapters are never among the sources. "
     "Accuracies are means over the two classes. Learning rates of the two baselines are the best of three each "
-    "(adapter 1e-3, 3e-3, 6e-3; fusion 3e-4, 1e-3, 3e-3) on seed 7, which is not recorded; the others have the paper's "
-    "6e-3. Fusion's starting values were made the published ones after that choice. `average` is the same model with every scale fixed at 1 / S, so that its head alone is trained."
+    "(adapter 1e-3, 3e-3, 6e-3; fusion 3e-4, 1e-3, 3e-3) on seed 7, which is not recorded; the others have the "
+    "paper's 6e-3. Fusion's starting values were made the published ones after that choice. `average` is the same "
+    "model with every scale fixed at 1 / S, so that its head alone is trained."
 )
 
 EXAMPLES, BATCH = 32, 8

@@ -27,10 +27,10 @@ RULE = {
     ),
 }
 NOTES = (
-    "SmolLM2-135M-Instruct in float32, other CounterFact records in every seed, edited one at a time and "
-    "rolled back. Locality compares the model's predictions before and after the edit where the record's answer "
-    "about the neighbour stands. CounterFact has no portability questions: that part of the study is not measured here. Text is 20 tokens long for "
-    "exact match and fluency."
+    "SmolLM2-135M-Instruct in float32, other CounterFact records in every seed, edited one at a time and rolled "
+    "back. Locality compares the model's predictions before and after the edit where the record's answer about the "
+    "neighbour stands. CounterFact has no portability questions: that part of the study is not measured here. Text "
+    "is 20 tokens long for exact match and fluency."
 )
 
 QUICK = {
