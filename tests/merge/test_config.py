@@ -77,11 +77,18 @@ def kit(kind, rows=({"weight": 1.0}, {"weight": 0.5}), base="base", **rest):
         (kit("task_arithmetic"), TaskArithmetic(weights=[1.0, 0.5], scaling=1.0, normalize=False)),
         (
             kit("ties", ({"weight": 1, "density": 0.5}, {"weight": 0.5}), parameters={"lambda": 0.7}),
-            Ties(weights=[1.0, 0.5], density=[0.5, 1.0], scaling=0.7, normalize=True, scope="tensor"),
+            Ties(
+                weights=[1.0, 0.5],
+                density=[0.5, 1.0],
+                scaling=0.7,
+                normalize=True,
+                scope="tensor",
+                tie="positive",
+            ),
         ),
         (
             kit("dare_ties", parameters={"density": 0.25, "normalize": 1}),
-            DareTies(weights=[1.0, 0.5], density=[0.25, 0.25], scaling=1.0, normalize=True),
+            DareTies(weights=[1.0, 0.5], density=[0.25, 0.25], scaling=1.0, normalize=True, tie="positive"),
         ),
         (
             kit("dare_linear", parameters={"density": 0.25, "rescale": False}),

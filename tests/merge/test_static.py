@@ -63,6 +63,21 @@ def test_signs_are_elected_by_mass_and_the_mean_is_over_those_that_agree():
     assert disjoint_mean(deltas, [1, 1, 1], normalize=False).tolist() == [4.0, -4.0, 5.0, 0.0]
     assert disjoint_mean(deltas, [1, 6, 1]).tolist() == [-1.0, 1.0, 5.0, -2.0]
     assert disjoint_mean(deltas[:2], [3, 1])[0].item() == 3.0
+    # The last column cancels: no sign is elected, or the positive one, also where nothing is left.
+    assert disjoint_mean(deltas, [1, 1, 1], tie=1.0).tolist() == [2.0, -4.0, 5.0, 2.0]
+    assert disjoint_mean([torch.zeros(2)] * 2, [1, 1], tie=1.0).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_changes_that_cancel(method):
+    base, models = (
+        {"x": torch.zeros(3)},
+        [{"x": torch.tensor([2.0, -1.0, 1.0])}, {"x": torch.tensor([-2.0, 1, 1])}],
+    )
+    found = [
+        merge(base=base, models=models, method=method, density=1.0, tie=t)["x"] for t in ("none", "positive")
+    ]
+    assert [x.tolist() for x in found] == [[0.0, 0.0, 1.0], [2.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.1, 0.5, 0.999, 1.0])
@@ -168,6 +183,8 @@ def test_the_order_of_equal_models_does_not_matter():
         ("ties", {"density": [0.2]}, "density"),
         ("ties", {"weights": [1.0, -1.0]}, r"weights\[1\]"),
         ("ties", {"scope": "layer"}, "scope"),
+        ("ties", {"tie": "negative"}, "tie"),
+        ("dare_ties", {"tie": "negative"}, "tie"),
         ("ties", {"scaling": math.inf}, "scaling"),
         ("dare_ties", {"density": -0.1}, "density"),
         ("dare_linear", {"weights": [1.0]}, "weights"),

@@ -262,6 +262,9 @@ def test_sparse_changes(tiny_lm, strategy):
         )
     again = TwinMerging(base, experts, strategy=strategy, rank=0.25, features="inner").build()
     assert all(torch.equal(again._exclusives[n]["delta"], d) for n, d in kept.items())
+    one = TwinMerging(base, experts, strategy=strategy, rank=1, features="inner").build()  # a count, no share
+    left = one._exclusives["inner.weight"]["delta"][0]
+    assert left.count_nonzero() / left.numel() == pytest.approx(1 / min(left.shape), abs=0.15)
 
 
 def test_limits():

@@ -46,7 +46,8 @@ class _Config:
 def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `merge` that a YAML file (or what one would hold) stands for.
 
-    A file with `merge_method` is mergekit's. Folders are looked for beside the file first.
+    A file with `merge_method` is mergekit's. Folders are looked for beside the file first. What DARE keeps is divided
+    by its density, as in the paper and in mergekit until its rescaling was made to keep the sum of magnitudes.
 
     Raises:
         BadInput: an unknown or wrong key, by its dotted path.
@@ -194,6 +195,8 @@ def _arguments(kind: str, shared: dict[str, Any], own: list[dict[str, Any]], whe
         arguments["density"] = [float(row.get("density", 1.0)) for row in own]
     if kind == "ties":
         arguments["scope"] = "tensor"
+    if kind in ("ties", "dare_ties"):
+        arguments["tie"] = "positive"
     if "rescale" in shared and kind.startswith("dare"):
         arguments["rescale"] = bool(shared["rescale"])
     return arguments

@@ -165,7 +165,8 @@ class Exclusives:
         return _stacked(found, info.dtype)
 
     def _sparse(self, delta: Tensor, random: torch.Generator) -> Tensor:
-        share = float(self.rank) if self.rank <= 1 else int(self.rank) / min(delta.flatten(1).shape)
+        counted = isinstance(self.rank, int)  # as in `rank_of`: 1 is one direction, 1.0 is all
+        share = self.rank / min(delta.flatten(1).shape) if counted else self.rank
         share = min(share, 1.0)
         if self.strategy == "random":
             return drop(delta, share, random)

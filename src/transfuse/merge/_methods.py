@@ -60,6 +60,9 @@ class Piece(NamedTuple):
 Pieces = Callable[[], Iterable[Piece]]
 """A tensor's pieces from first to last; can be gone through again."""
 
+Tie = Literal["none", "positive"]
+_SIGNS = {"none": 0.0, "positive": 1.0}  # elected where changes cancel
+
 
 @dataclass(frozen=True, kw_only=True)
 class StaticMerge:
@@ -184,6 +187,7 @@ class Ties(StaticMerge):
         scaling: lambda.
         normalize: Divide by the weights of those that take part.
         scope: What the share is taken of: all elements of the "model", as in the paper, or each "tensor".
+        tie: What is elected where the changes cancel: "none", the paper's sign of zero; or "positive", mergekit's.
     """
 
     needs_base: ClassVar[bool] = True
@@ -192,6 +196,7 @@ class Ties(StaticMerge):
     scaling: float = 1.0
     normalize: bool = True
     scope: Literal["model", "tensor"] = "model"
+    tie: Tie = "none"
 
     @property
     def passes(self) -> int:
@@ -204,6 +209,7 @@ class Ties(StaticMerge):
         _check_scaling(self.scaling)
         if self.scope not in ("model", "tensor"):
             raise BadInput("scope", self.scope, "is unknown", 'use "model" or "tensor"')
+        _check_tie(self.tie)
 
     def survey(self, tensors: Callable[[], Iterable[Pieces]], count: int) -> list[float] | None:
         if self.scope == "tensor":
@@ -215,8 +221,9 @@ class Ties(StaticMerge):
 
     def combine(self, piece: Piece, state: list[float]) -> Tensor:
         kept = [trim(delta, threshold) for delta, threshold in zip(_changes(piece), state, strict=True)]
+        weights = _spread(self.weights, len(kept))
         return _onto(
-            piece, disjoint_mean(kept, _spread(self.weights, len(kept)), normalize=self.normalize), self
+            piece, disjoint_mean(kept, weights, normalize=self.normalize, tie=_SIGNS[self.tie]), self
         )
 
     def _thresholds(self, pieces: Pieces, count: int) -> list[float]:
@@ -284,20 +291,22 @@ class DareTies(_Dare):
         normalize: Divide by the weights of those that take part.
         rescale: Divide what is kept by `density`.
         seed: With the tensor's name and the model's place, decides what is kept.
+        tie: As of TIES.
     """
 
     normalize: bool = True
+    tie: Tie = "none"
 
     def check(self, count: int) -> None:
+        _check_tie(self.tie)
         _check_weights(self.weights, count, True, positive=True)
         _check_density(self.density, count)
         _check_scaling(self.scaling)
 
     def combine(self, piece: Piece, state: list[torch.Generator]) -> Tensor:
-        weights = _spread(self.weights, len(piece.models))
-        return _onto(
-            piece, disjoint_mean(self._dropped(piece, state), weights, normalize=self.normalize), self
-        )
+        weights, tie = _spread(self.weights, len(piece.models)), _SIGNS[self.tie]
+        kept = self._dropped(piece, state)
+        return _onto(piece, disjoint_mean(kept, weights, normalize=self.normalize, tie=tie), self)
 
 
 METHODS: Mapping[str, type[StaticMerge]] = {
@@ -382,3 +391,8 @@ def _check_density(density: float | Sequence[float], count: int) -> None:
 def _check_scaling(scaling: float) -> None:
     if not math.isfinite(scaling):
         raise BadInput("scaling", scaling, "is not a finite number", "give a number like 0.4")
+
+
+def _check_tie(tie: str) -> None:
+    if tie not in _SIGNS:
+        raise BadInput("tie", tie, "is unknown", 'use "none" or "positive"')

@@ -76,18 +76,23 @@ def generators(seed: int, name: str, count: int) -> list[torch.Generator]:
     return [generator(int.from_bytes(key, "big") >> 1) for key in keys]
 
 
-def disjoint_mean(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
+def disjoint_mean(
+    deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True, tie: float = 0.0
+) -> Tensor:
     """Per element, the weighted mean over the deltas whose sign is that of the weighted sum.
 
-    Zeros have no say. Where the sum is zero no sign is elected, and the result is zero.
+    Zeros have no say.
 
     Args:
         deltas: Tensors of one shape, float32.
         weights: Positive numbers.
         normalize: Divide by the weights of those that take part; False leaves the sum.
+        tie: The sign elected where the sum is zero: 0, none, so that the result is zero; or 1.
     """
     # Masks are kept as numbers: torch is many times slower where dtypes are mixed.
     elected = weighted_sum(deltas, weights).sign_()
+    if tie:
+        elected.masked_fill_(elected == 0, tie)
     total, share = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):
         agrees = torch.mul(delta, elected).sign_().clamp_(min=0)
