@@ -20,9 +20,9 @@ RULE = {
 }
 NOTES = (
     "SmolLM2-135M-Instruct in float32; 2 (quick) or 10 (full) CounterFact records in every seed, one at a time; "
-    "`together` writes all of a seed's records at once. `lam` is 1500: on eight records that no seed has (100 to 107) the "
-    "published 15000, 5000 and 1500 gave an edit success of 0.25, 0.625 and 1.0, all with locality 1. Until values were "
-    "those of the whole block, as in the paper, this run failed with 0.667 whatever `lam` was."
+    "`together` writes all of a seed's records at once. `lam` is 1500: on eight records that no seed has (100 to "
+    "107) the published 15000, 5000 and 1500 gave an edit success of 0.25, 0.625 and 1.0, all with locality 1. "
+    "Until values were those of the whole block, as in the paper, this run failed with 0.667 whatever `lam` was."
 )
 
 
