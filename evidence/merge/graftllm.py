@@ -46,7 +46,9 @@ RULE = {
 }
 SEEDS = {"quick": 3, "full": 1}
 NOTES = (
-    "Sizes are bytes of all stored tensors relative to the model's parameters at 16 bits. quick: the rule on keeping "
+    "Sizes are bytes of all stored tensors, grids included, relative to the model's parameters at 16 bits; names and "
+    "headers in a pack's two files come on top (`files`): for a net as small as the quick one's 8,571 bytes beside "
+    "13,125 of tensors, 21 % in all. quick: the rule on keeping "
     "97 % is asked of each of the two skills, and the figure at equal bytes is the best rank or share that takes no "
     "more bytes than the pack. The scaling of static merges and the learning rate of LoRA are the best on held-out "
     "digits. After a first run, which held all rules, the two router networks (twin_merging, routed_network; in no "

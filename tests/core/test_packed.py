@@ -63,3 +63,21 @@ def test_values_and_files(tmp_path, centred):
     write_tensors(file, {"a.weight|codes": pack_bits(codes, 3)}, {"matrices": {"a.weight": {"bits": 3}}})
     with pytest.raises(CorruptFile, match="not whole"):
         read_packed(tmp_path)
+
+
+def test_a_last_group_that_is_shorter(tmp_path):
+    """Seven columns in groups of three; zeros are whole numbers of one byte."""
+    draw = generator(4)
+    codes = torch.randint(0, 4, (5, 7), generator=draw).to(torch.uint8)
+    step = torch.rand(5, 3, generator=draw).half()
+    zero = torch.randint(0, 4, (5, 3), generator=draw).to(torch.uint8)
+    made = Codes(codes, step, zero, 2, (5, 7), centred=True, group=3)
+    values = made.values()
+    for row in range(5):
+        for column in range(7):
+            q, s, m = int(codes[row, column]), float(step[row, column // 3]), int(zero[row, column // 3])
+            assert float(values[row, column]) == pytest.approx((q - m) * s, rel=1e-3)
+    assert made.bytes == math.ceil(35 * 2 / 8) + 15 * 2 + 15
+    write_packed(tmp_path, {"w": made}, {})
+    again = read_packed(tmp_path)[0]["w"]
+    assert again.group == 3 and again.offset.dtype == torch.uint8 and torch.equal(again.values(), values)

@@ -37,12 +37,13 @@ class Codes:
 
     Attributes:
         codes: q, uint8, `[rows, width]`; groups are neighbours in a row.
-        step: s, floating, `[rows, width / group]`.
-        offset: m, as `step`.
+        step: s, floating, `[rows, groups]`.
+        offset: m, as `step`, or uint8 where it is one of the codes.
         bits: b, so that 0 <= q < 2^b.
         shape: Of the tensor it stands for.
         axis: The axis of that tensor the rows run along (-1, the last, for weights of linear layers).
         centred: The offset is one of the codes: w = (q - m) s.
+        group: Neighbours that share a step, where they do not fill the rows evenly: the last group is then shorter.
     """
 
     codes: Tensor
@@ -52,13 +53,19 @@ class Codes:
     shape: tuple[int, ...]
     axis: int = -1
     centred: bool = False
+    group: int | None = None
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights, of shape `shape`: q s + m in float32 at least, (q - m) s in the dtype of the steps."""
         wide = self.step.dtype if self.centred else torch.promote_types(self.step.dtype, torch.float32)
         rows, groups = self.step.shape
-        found = self.codes.view(rows, groups, -1).to(wide)
-        step, offset = self.step.to(wide)[..., None], self.offset.to(wide)[..., None]
+        if self.group is None:
+            found = self.codes.view(rows, groups, -1).to(wide)
+            step, offset = self.step.to(wide)[..., None], self.offset.to(wide)[..., None]
+        else:
+            found = self.codes.to(wide)
+            owner = torch.arange(found.shape[1], device=found.device) // self.group
+            step, offset = self.step.to(wide)[:, owner], self.offset.to(wide)[:, owner]
         found = (found - offset) * step if self.centred else found * step + offset
         moved = list(self.shape)
         moved.append(moved.pop(self.axis))
@@ -67,7 +74,7 @@ class Codes:
     @property
     def bytes(self) -> int:
         """Size when packed: codes without gaps, steps and offsets in their dtype."""
-        return (self.codes.numel() * self.bits + 7) // 8 + 2 * self.step.numel() * self.step.element_size()
+        return (self.codes.numel() * self.bits + 7) // 8 + self.step.nbytes + self.offset.nbytes
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -142,6 +149,7 @@ def write_packed(
         tensors[f"{name}|step"], tensors[f"{name}|offset"] = each.step, each.offset
         facts[name] = {
             "bits": each.bits, "shape": list(each.shape), "axis": each.axis, "centred": each.centred,
+            **({} if each.group is None else {"group": each.group}),
         }  # fmt: skip
     write_tensors(folder / PACKED, tensors, {**(header or {}), "matrices": facts})
     return folder / PACKED
@@ -166,7 +174,9 @@ def read_packed(folder: str | os.PathLike[str]) -> tuple[dict[str, Codes], dict[
             codes = unpack_bits(tensors.pop(f"{name}|codes"), fact["bits"], int(np.prod(shape)))
             offset = tensors.pop(f"{name}|offset")
             codes = codes.view(step.shape[0], -1)
-            matrices[name] = Codes(codes, step, offset, fact["bits"], shape, fact["axis"], fact["centred"])
+            matrices[name] = Codes(
+                codes, step, offset, fact["bits"], shape, fact["axis"], fact["centred"], fact.get("group")
+            )
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptFile("folder", str(path), f"is not whole ({error})", "save the model again") from error
     return matrices, tensors, header

@@ -82,8 +82,9 @@ def transfer(
     if not hasattr(made, "transfer"):
         raise NotApplicable("method", type(made).__name__, "has no single run", "call it from Python")
     inputs = {name: value for name, value in (("prompts", prompts), ("texts", texts)) if value is not None}
+    known = (*made.reads, *getattr(made, "may_read", ()))
     for name, value in inputs.items():
-        if name not in made.reads:
+        if name not in known:
             raise NotApplicable(name, str(value), f"is not read by {type(made).__name__}", "leave it out")
     found: Path = made.transfer(tokenizer, output=output, scratch=scratch, seed=seed, **inputs)
     return found

@@ -8,7 +8,8 @@ is one of three kinds:
 - a *training* fuses what several models say into one student.
 
 Each is a class whose first argument is the model it starts from and which holds the rest of its arguments. For
-`transfuse run` it has a method `transfer` (see `Transferable`) and says in `reads` which files it cannot do without.
+`transfuse run` it has a method `transfer` (see `Transferable`) and says in `reads` which files it cannot do without;
+others that it takes where they are given stand in `may_read`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..core import taps
 from ..core.batches import minibatches
 from ..core.errors import BadInput
 from ..core.generate import pad_batch, pad_id_of
 from ..core.training import generator, loop, seeded
 
-__all__ = ["Router", "input_batches", "train_router"]
+__all__ = ["Router", "encode", "input_batches", "masked_mean", "train_router"]
 
 
 class Router(nn.Sequential):
@@ -148,3 +150,49 @@ def input_batches(
     for start in range(0, len(ids), rows):
         padded, mask = pad_batch(ids[start : start + rows], pad)
         yield (), {"input_ids": padded, "attention_mask": mask}
+
+
+def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens in float32: `[B, N, d]` and a mask `[B, N]` to `[B, d]`; `[B, d]` stays as it is."""
+    hidden = hidden.float()
+    if hidden.dim() == 2:
+        return hidden
+    if hidden.dim() > 3:
+        hidden = hidden.flatten(2).transpose(1, 2)  # [B, channels, ...]
+    if mask is None:
+        return hidden.mean(1)
+    weights = mask.to(hidden)[:, :, None]
+    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+@torch.no_grad()
+def encode(model: nn.Module, features: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """A model's features of its inputs, averaged over tokens, float32 `[B, d]`.
+
+    Args:
+        model: Any module.
+        features: Module whose output they are; None for a transformers model's last hidden state.
+        args: Positional arguments of the model.
+        kwargs: The others.
+
+    Raises:
+        BadInput: no `features` for a model that has no backbone.
+    """
+    device = next(model.parameters()).device
+    args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
+    kwargs = {n: value.to(device) if isinstance(value, Tensor) else value for n, value in kwargs.items()}
+    mask = kwargs.get("attention_mask")
+    if features is not None:
+        with taps.capture(model, features) as seen:
+            model(*args, **kwargs)
+        return masked_mean(seen[features], mask)
+    backbone = getattr(model, "base_model", None)
+    if backbone is None:
+        raise BadInput("features", None, f"is missing for a {type(model).__name__}", "name a module")
+    known = inspect.signature(backbone.forward).parameters
+    given = {name: value for name, value in kwargs.items() if name in known}
+    if mask is not None and "position_ids" in known and "position_ids" not in given:
+        given["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    if "use_cache" in known:
+        given["use_cache"] = False
+    return masked_mean(backbone(*args, **given).last_hidden_state, mask)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core import taps
 from ..core.errors import BadInput, CorruptFile, IncompatibleModels
 from ..core.files import atomic_dir, check_writable, read_tensors, write_tensors
 from ..core.lineage import write_lineage
 from ..core.models import load
 from ..core.shards import SHARD_BYTES, Checkpoint, ShardWriter
 from ._mixing import Exclusive, Routing, attach
-from ._router import Router
+from ._router import Router, encode, masked_mean
 from ._sources import open_source
 
 if TYPE_CHECKING:
@@ -30,19 +28,6 @@ __all__ = ["TwinMergedModel", "masked_mean"]
 
 FILE = "twin.safetensors"
 _FORMAT = 1
-
-
-def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens in float32: `[B, N, d]` and a mask `[B, N]` to `[B, d]`; `[B, d]` stays as it is."""
-    hidden = hidden.float()
-    if hidden.dim() == 2:
-        return hidden
-    if hidden.dim() > 3:
-        hidden = hidden.flatten(2).transpose(1, 2)  # [B, channels, ...]
-    if mask is None:
-        return hidden.mean(1)
-    weights = mask.to(hidden)[:, :, None]
-    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 class TwinMergedModel(nn.Module):
@@ -123,29 +108,10 @@ class TwinMergedModel(nn.Module):
             self.router.eval()
         return self
 
-    @torch.no_grad()
     def encode(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the router sees: the shared model's features, averaged over tokens, float32 `[B, d]`."""
-        args = tuple(_moved(value, self.device) for value in args)
-        kwargs = {name: _moved(value, self.device) for name, value in kwargs.items()}
         with self._routed(None):
-            mask = kwargs.get("attention_mask")
-            if self.features is not None:
-                with taps.capture(self.model, self.features) as seen:
-                    self.model(*args, **kwargs)
-                return masked_mean(seen[self.features], mask)
-            backbone = getattr(self.model, "base_model", None)
-            if backbone is None:
-                raise BadInput(
-                    "features", None, f"is missing for a {type(self.model).__name__}", "name a module"
-                )
-            known = inspect.signature(backbone.forward).parameters
-            given = {name: value for name, value in kwargs.items() if name in known}
-            if mask is not None and "position_ids" in known and "position_ids" not in given:
-                given["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-            if "use_cache" in known:
-                given["use_cache"] = False
-            return masked_mean(backbone(*args, **given).last_hidden_state, mask)
+            return encode(self.model, self.features, args, kwargs)
 
     @torch.no_grad()
     def routing_weights(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -347,10 +313,6 @@ class TwinMergedModel(nn.Module):
             model, exclusives, facts["tasks"], router=router, heads=heads, features=facts["features"],
             temperature=facts["temperature"], top_k=facts["top_k"], record=facts["record"],
         )  # fmt: skip
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
