@@ -147,9 +147,8 @@ class ParametricRAG:
             max_new_tokens: Length limit; by default 20, with `cot` 128.
 
         Returns:
-            One answer per question: the text as generated (`extract_answer`, with the same `cot`, gives the paper's
-            short form), the documents used, and a trace (mode, tokens read, adapters summed, perplexity ratio where
-            measured).
+            One answer per question: the text as generated (`extract_answer` gives the paper's short form),
+            the documents used, and a trace (mode, tokens read, adapters summed, perplexity ratio where measured).
 
         Raises:
             BadInput: an unknown mode, k beyond what can be retrieved, a document that was never encoded, or
