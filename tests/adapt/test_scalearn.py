@@ -663,6 +663,8 @@ def test_bad_sources(tiny_lm, tmp_path):
         scalearn(base(), sources=[tmp_path / "kasa"])
     with pytest.raises(BadInput, match="sources"):
         scalearn(tiny_lm("llama", layers=2, hidden=64), sources=[plain])
+    with pytest.raises(BadInput, match=r"layers\.1\..*, which the model lacks"):
+        scalearn(tiny_lm("llama", layers=1), sources=[plain])
     bad = bottleneck(base(), r=2)
     save(bad, tmp_path / "nan")
     file = tmp_path / "nan" / "adapter_model.safetensors"

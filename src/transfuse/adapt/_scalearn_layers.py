@@ -323,9 +323,14 @@ class ScaLearnModel(BottleneckModel):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
         for name, tensors in (self._read or {}).items():
-            target = model.get_submodule(name)
-            layer = last_linear(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
+            if (target := modules.get(name)) is None:
+                problem = f"sit on {name}, which the model lacks"
+                raise BadInput("sources", peft_config.sources, problem, "give adapters of this base model")
+            layer: nn.Linear = last_linear(
+                target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            )
             read = layer.in_features if peft_config.kind == "lora" else layer.out_features
             wanted, found = (read, layer.out_features), (tensors["down"].shape[1], tensors["up"].shape[0])
             if wanted != found:
