@@ -77,6 +77,8 @@ def test_show_yaml_is_a_recipe(call, method):
     for name, value in shown.items():
         if value is None and (EXAMPLES / f"{name}.jsonl").is_file():
             shown[name] = str(EXAMPLES / f"{name}.jsonl")
+    if "texts" in getattr(catalogue.get(method.slug), "reads", ()):
+        shown["texts"] = str(EXAMPLES / "documents.jsonl")
     for name, value in (shown["method"].get("with") or {}).items():
         if value is None and f"    {name}:  # required" in out:
             shown["method"]["with"][name] = ["smollm2-135m"] if name == "experts" else "smollm2-135m"

@@ -581,9 +581,15 @@ def test_kill_minus_nine(tmp_path, kind):
     finish(tmp_path / "whole")  # the first one also starts the server
     duration = finish(tmp_path / "timed")
     hurt, draw, moments = tmp_path / "hurt", random.Random(kind), set()
-    for _ in range(int(os.environ.get("TRANSFUSE_KILLS", "8"))):
+    for kill in range(int(os.environ.get("TRANSFUSE_KILLS", "8"))):
+        before = last_checkpoint(hurt / "run")
         process = start(hurt)
-        time.sleep(draw.random() * duration * 0.7)
+        if kill % 2:  # soon after it has made headway, however slow the machine is
+            while process.is_alive() and last_checkpoint(hurt / "run") == before:
+                time.sleep(0.005)
+            time.sleep(draw.random() * duration * 0.1)
+        else:
+            time.sleep(draw.random() * duration * 0.7)
         process.kill()
         process.join()
         last = last_checkpoint(hurt / "run")
