@@ -147,9 +147,13 @@ def made_with(versions: dict[str, str]) -> str:
 
 def table(header: Any, rows: Any) -> str:
     """A Markdown table."""
+
+    def escaped(part: re.Match[str]) -> str:  # in code spans Markdown leaves pipes alone
+        return "\\|" if part[0] == "|" else part[0]
+
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+        "| " + " | ".join(re.sub(r"`[^`]*`|\|", escaped, str(cell)) for cell in line) + " |" for line in lines
     )
 
 

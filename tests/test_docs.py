@@ -49,6 +49,7 @@ def test_prose_is_not_read_as_markdown():
         == "W\\* \\<- W\\_0 \\[x\\], `a_b`\n\n    code * _x_"
     )
     assert pages["table"](("a", "b"), [("x|y", 1)]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |"
+    assert pages["table"](("a", "b"), [("`x | y`", 1)]).splitlines()[-1] == "| `x | y` | 1 |"
 
 
 def test_figures_of_a_record():
