@@ -43,7 +43,7 @@ NOTES = (
     "comparison was seen twice on that seed, first with an encoder that had collapsed, and nothing changed after "
     "the second time. Prompts use the published optimiser settings. Zero-shot is the plain head without prompts; "
     "all other arms share the fused head and the loss. The first run on the recorded seeds failed the comparison "
-    "with independent prompts (IVLP) in two of three seeds, and on average too (by 1.9 points, where one is "
+    "with independent prompts (IVLP) in two of three seeds, and on average too (by about two points, where one is "
     "allowed); nothing was tried after it. Schedule and weight decay were then set right by the released code, and "
     "this is the run after that. It gains ten points over zero-shot, and five over the in-place flow of the "
     "released code. Novel classes gain from no arm here. This speaks about the substitute: 90 updates and two "
