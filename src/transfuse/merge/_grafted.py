@@ -14,6 +14,7 @@ from ..core.errors import BadInput, CorruptFile, NotApplicable
 from ..core.files import atomic_dir, check_writable, read_tensors, sha256_file, write_tensors
 from ..core.lineage import write_lineage
 from ..core.models import load
+from ._around import Around
 from ._pack import SkillPack, plug, plugged, read_header, unplug, write_header
 from ._pack_router import BASE, SkillRouter
 
@@ -29,7 +30,7 @@ _FORMAT = 1
 Task = str | Sequence[str]
 
 
-class GraftedModel(nn.Module):
+class GraftedModel(Around):
     """A base and its packs, called like the base.
 
     A call names its `task`: a skill, several joined by a plus ("math+code": the sum of their changes), or "base"; one
@@ -70,20 +71,6 @@ class GraftedModel(nn.Module):
             self.router = router
         finally:
             unplug(self.model)
-
-    def __getattr__(self, name: str) -> Any:
-        """What it has not, the base has: `config`, `generation_config`, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return next(self.model.parameters()).device
 
     @property
     def nbytes(self) -> int:

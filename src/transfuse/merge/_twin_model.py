@@ -17,6 +17,7 @@ from ..core.files import atomic_dir, check_writable, read_tensors, write_tensors
 from ..core.lineage import write_lineage
 from ..core.models import load
 from ..core.shards import SHARD_BYTES, Checkpoint, ShardWriter
+from ._around import Around
 from ._mixing import Exclusive, Routing, attach
 from ._router import Router, encode, masked_mean
 from ._sources import open_source
@@ -30,7 +31,7 @@ FILE = "twin.safetensors"
 _FORMAT = 1
 
 
-class TwinMergedModel(nn.Module):
+class TwinMergedModel(Around):
     """Answers every example with the shared weights and the mix of exclusive ones that its router chooses.
 
     Called like the model it is made of. `TwinMerging(...).build()` makes one, `from_pretrained` loads one.
@@ -80,20 +81,6 @@ class TwinMergedModel(nn.Module):
         attach(model, self._exclusives, self._routing)
         self.model, self.router = model.requires_grad_(False).eval(), router
         self.eval()
-
-    def __getattr__(self, name: str) -> Any:
-        """What it has not, the shared model has: `config`, `generation_config`, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return next(self.model.parameters()).device
 
     @property
     def exclusive_bytes(self) -> int:
