@@ -23,9 +23,20 @@ from .data import long_text
 RATE, BATCH = 3e-3, 20
 TEACHER_STEPS, WARM_STEPS, STEPS = 200, 60, 100
 SAMPLES = 800
-TOKENS = 128  # length of a window of SmolLM2's tokens
 
 Rows = Sequence[dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of SmolLM2-135M a device can bear: `batch` rows of `tokens` per update, `held` rows to judge by."""
+
+    tokens: int
+    batch: int
+    held: int
+
+
+SCALES = {"cuda": Scale(tokens=128, batch=16, held=128), "cpu": Scale(tokens=64, batch=8, held=64)}
 
 
 @dataclass
@@ -38,6 +49,8 @@ class Setting:
         rows: Training rows of the arms.
         held: Held-out ids.
         device: Where models train.
+        batch: Rows per update.
+        bf16: Whether the arms train under bfloat16 autocast.
     """
 
     teacher: nn.Module
@@ -45,6 +58,8 @@ class Setting:
     rows: Rows
     held: Tensor
     device: str
+    batch: int = BATCH
+    bf16: bool = False
 
 
 def best_device() -> str:
@@ -63,6 +78,7 @@ def trained(
     policy: Policy | None = None,
     lr: float = RATE,
     batch: int = BATCH,
+    bf16: bool = False,
     device: str = "cpu",
     **options: Any,
 ) -> Any:
@@ -72,6 +88,7 @@ def trained(
             output_dir=folder, per_device_train_batch_size=batch, max_steps=steps, learning_rate=lr,
             lr_scheduler_type="constant", seed=seed, report_to=[], logging_strategy="no", save_strategy="no",
             disable_tqdm=True, use_cpu=device == "cpu", dataloader_pin_memory=device != "cpu",
+            bf16=bf16,
         )  # fmt: skip
         trainer = Distiller(
             student=model, teacher=teacher, objective=objective, train_dataset=rows, args=args,
@@ -145,40 +162,37 @@ def arm(
     options.setdefault("teacher", setting.teacher)
     return trained(
         copy.deepcopy(setting.student).to(setting.device), setting.rows, steps=steps, seed=seed,
-        objective=objective, device=setting.device, **options,
+        objective=objective, batch=setting.batch, bf16=setting.bf16, device=setting.device, **options,
     )  # fmt: skip
 
 
 # --- SmolLM2-135M ------------------------------------------------------------------------------------------
 
 
-def smollm(
-    seed: int, *, layers: int = 6, warm_steps: int = 100, steps: int = 100, batch: int = 16
-) -> tuple[Setting, Any]:
-    """SmolLM2-135M as teacher of a student cut out of it, on tokens of the same prose; and the tokenizer.
+def smollm(seed: int, *, layers: int = 6, steps: int = 100) -> Setting:
+    """SmolLM2-135M as teacher of a student cut out of it and warmed up for `steps`, on tokens of the same prose.
 
     Raises:
         Unavailable: the model is neither in the cache nor to be fetched; nothing was trained then.
     """
     device = best_device()
-    teacher, tokenizer = load(
-        "smollm2-135m", dtype="bfloat16" if device == "cuda" else "float32", device=device
-    )
+    scale, bf16 = SCALES[device], device == "cpu"
+    teacher, tokenizer = load("smollm2-135m", dtype="bfloat16", device=device)
     ids = torch.tensor(tokenizer(long_text(), verbose=False)["input_ids"])
     cut = len(ids) * 9 // 10
-    rows = charlm.windows(ids[:cut], max(warm_steps, steps) * batch, seed, TOKENS)
+    rows = charlm.windows(ids[:cut], steps * scale.batch, seed, scale.tokens)
+    held = ids[cut:].unfold(0, scale.tokens, scale.tokens)[: scale.held]
     student = prune(teacher, layers=layers).float()
-    trained(student, rows, steps=warm_steps, seed=seed, lr=5e-4, batch=batch, device=device)
-    return Setting(teacher, student, rows, ids[cut:], device), tokenizer
+    trained(student, rows, steps=steps, seed=seed, lr=5e-4, batch=scale.batch, bf16=bf16, device=device)
+    return Setting(teacher, student, rows, held, device, scale.batch, bf16)
 
 
 @torch.no_grad()
-def judged_tokens(student: Any, setting: Setting, seed: int, count: int = 128) -> dict[str, float]:
-    """The same figures as `judged`, per token; samples continue 8 held-out tokens to 64."""
-    held, device = setting.held, setting.device
-    pieces = held[: len(held) // TOKENS * TOKENS].view(-1, TOKENS)
-    found = {"nll": nll(student.to(device), pieces, device, rows=8)}
-    starts = pieces[:count, :8].to(device)
+def judged_tokens(student: Any, setting: Setting, seed: int) -> dict[str, float]:
+    """The same figures as `judged`, per token; samples continue 8 held-out tokens of every row to 64."""
+    device = setting.device
+    found = {"nll": nll(student.to(device), setting.held, device, rows=8)}
+    starts = setting.held[:, :8].to(device)
     with seeded(seed):
         own = student.generate(
             input_ids=starts, attention_mask=torch.ones_like(starts), do_sample=True, top_k=0, top_p=1.0,

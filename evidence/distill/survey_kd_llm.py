@@ -190,12 +190,16 @@ def tokenizers(alphabet: str, text: str) -> tuple[Any, Any]:
 # --- SmolLM2-135M ------------------------------------------------------------------------------------------
 
 
-def full(seed: int, *, warm_steps: int = 150, steps: int = 150) -> dict[str, dict[str, float]]:
+STEPS = {"cuda": 150, "cpu": 50}  # of the warm-up, and of every arm
+
+
+def full(seed: int, *, steps: int | None = None) -> dict[str, dict[str, float]]:
     """Every objective on the same rows; the model is loaded first, so that its lack is told at once."""
-    setting, _ = lmkd.smollm(seed, warm_steps=warm_steps, steps=steps)
+    steps = steps or STEPS[lmkd.best_device()]
+    setting = lmkd.smollm(seed, steps=steps)
 
     def learnt(objective: Any, **options: Any) -> dict[str, float]:
-        student = lmkd.arm(setting, objective, seed, steps=steps, lr=5e-4, batch=16, **options)
+        student = lmkd.arm(setting, objective, seed, steps=steps, lr=5e-4, **options)
         return lmkd.judged_tokens(student, setting, seed)
 
     found = {
