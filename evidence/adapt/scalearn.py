@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from _shared import data
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from transfuse.adapt.scalearn import ScaLearnLinear, bottleneck, save, scalearn
@@ -44,7 +46,8 @@ NOTES = (
     "Accuracies are means over the two classes. Learning rates of the two baselines are the best of three each "
     "(adapter 1e-3, 3e-3, 6e-3; fusion 3e-4, 1e-3, 3e-3) on seed 7, which is not recorded; the others have the "
     "paper's 6e-3. Fusion's starting values were made the published ones after that choice. `average` is the same "
-    "model with every scale fixed at 1 / S, so that its head alone is trained."
+    "model with every scale fixed at 1 / S, so that its head alone is trained; so is `soup`'s, on one adapter whose "
+    "weights are the mean of all sources' (their inputs are the same, so none is nearer to the target)."
 )
 
 EXAMPLES, BATCH = 32, 8
@@ -53,6 +56,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "adapter": {},
     "fusion": {"variant": "fusion"},
     "average": {"variant": "uniform", "init_scale": 1.0},
+    "soup": {},
     "scalearn": {},
     "uniform": {"variant": "uniform"},
     "uniform_shared": {"variant": "uniform", "share_layers": True},
@@ -122,7 +126,7 @@ def transfer(
     arm: str, setting: Setting, task: str, rows: Tensor, sources: list[Path], seed: int
 ) -> tuple[float, int]:
     """Accuracy of an arm on a target, and its trained parameters without the head."""
-    if arm == "adapter":
+    if arm in ("adapter", "soup"):
         model = bottleneck(
             setting.base(),
             r=setting.width,
@@ -130,6 +134,8 @@ def transfer(
             modules_to_save=[setting.head],
             seed=seed,
         )
+        if arm == "soup":
+            average_weights(model, sources, setting.head)
     else:
         model = scalearn(
             setting.base(), sources=sources, modules_to_save=[setting.head], seed=seed, **ARMS[arm]
@@ -149,6 +155,19 @@ def transfer(
     right = (best == setting.labels[task][test]).float()
     kinds = setting.labels[task][test]
     return statistics.mean(float(right[kinds == kind].mean()) for kind in (0, 1)), own
+
+
+def average_weights(model: PeftModel, sources: list[Path], head: str) -> None:
+    """Give the model's adapter the mean of the sources' weights, and freeze it (AdapterSoup)."""
+    stored = [load_file(folder / "adapter_model.safetensors") for folder in sources]
+    own = get_peft_model_state_dict(model)
+    for name in own:
+        if f".{head}." not in name:
+            own[name] = sum(each[name] for each in stored) / len(stored)
+    set_peft_model_state_dict(model, own)
+    for name, parameter in model.named_parameters():
+        if "bottleneck_" in name:
+            parameter.requires_grad_(False)
 
 
 def logits(model: nn.Module, setting: Setting, rows: Tensor) -> Tensor:
