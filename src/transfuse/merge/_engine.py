@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,13 +205,19 @@ def _fields(method: StaticMerge) -> dict[str, Any]:
 
 
 class _Hashes:
-    """Hashes of the sources, taken by a thread while they are merged."""
+    """Hashes of the sources, taken by threads, one per core, while they are merged.
 
-    def __init__(self, sources: Iterable[Source]):
-        self._found: dict[str, str] = {}
+    Daemons, for a merge that fails should not wait for them.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self._found = {source.label: "" for source in sources}
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, args=(list(sources),), daemon=True)
-        self._thread.start()
+        count = min(len(sources), os.cpu_count() or 1)
+        parts = [list(sources)[first::count] for first in range(count)]
+        self._threads = [threading.Thread(target=self._work, args=(part,), daemon=True) for part in parts]
+        for thread in self._threads:
+            thread.start()
 
     def _work(self, sources: Sequence[Source]) -> None:
         try:
@@ -221,7 +227,8 @@ class _Hashes:
             self._error = error
 
     def result(self) -> dict[str, str]:
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if self._error is not None:
             raise self._error
         return self._found
