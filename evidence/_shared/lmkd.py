@@ -193,7 +193,7 @@ def judged_tokens(student: Any, setting: Setting, seed: int) -> dict[str, float]
     device = setting.device
     found = {"nll": nll(student.to(device), setting.held, device, rows=8)}
     starts = setting.held[:, :8].to(device)
-    with seeded(seed):
+    with seeded(seed), torch.autocast(device, torch.bfloat16, enabled=setting.bf16):
         own = student.generate(
             input_ids=starts, attention_mask=torch.ones_like(starts), do_sample=True, top_k=0, top_p=1.0,
             temperature=1.0, min_new_tokens=56, max_new_tokens=56, pad_token_id=0, use_cache=True,

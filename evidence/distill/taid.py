@@ -40,7 +40,7 @@ NOTES = (
 # On either device: width and layers of the teachers, their updates, and every arm's at SmolLM2-135M.
 SCALES = {
     "cuda": ({128: (128, 2), 256: (256, 4), 384: (384, 6)}, 600, 100),
-    "cpu": ({64: (64, 2), 128: (128, 2), 256: (256, 4)}, 600, 40),
+    "cpu": ({64: (64, 2), 128: (128, 2), 256: (256, 4)}, 600, 30),
 }
 
 
