@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput
+from .runs import evaluating
 
 __all__ = [
     "Canary",
@@ -242,15 +243,10 @@ def sequence_scores(
     options = {"use_cache": False} if "use_cache" in accepted else {}
     device = next(model.parameters()).device
     scores = torch.empty(len(rows), dtype=torch.float64)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         for members in lengths.values():
             found = _equal_length(model, [rows[i] for i in members], batch_size, device, options)
             scores[torch.tensor(members)] = found
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return scores
 
 

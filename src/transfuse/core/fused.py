@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadInput, IncompatibleModels
+from .runs import evaluating
 
 __all__ = ["Head", "fused_sums", "head_of"]
 
@@ -102,15 +103,9 @@ def head_of(model: Any) -> Head | None:
         scale /= float(config.logits_scaling)
     head = Head(layer.weight, layer.bias, softcap, scale)
     ids = torch.arange(1, 5, device=layer.weight.device).unsqueeze(0) % layer.weight.shape[0]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            whole = model(input_ids=ids, use_cache=False).logits
-            ours = head(body(input_ids=ids, use_cache=False).last_hidden_state)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        ours = head(body(input_ids=ids, use_cache=False).last_hidden_state)
     coarse = whole.dtype in (torch.bfloat16, torch.float16)
     close = torch.allclose(ours, whole.to(ours.dtype), atol=1e-4, rtol=2e-2 if coarse else 1e-4)
     return head if close else None

@@ -17,7 +17,15 @@ from .checkpoints import clear_checkpoints, last_checkpoint, load_checkpoint
 from .errors import BadInput, TrainingDiverged
 from .files import check_writable
 
-__all__ = ["History", "check_finite", "check_positive", "discard_run", "open_run", "training_mode"]
+__all__ = [
+    "History",
+    "check_finite",
+    "check_positive",
+    "discard_run",
+    "evaluating",
+    "open_run",
+    "training_mode",
+]
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,22 @@ def check_positive(**values: float | None) -> None:
 @contextlib.contextmanager
 def training_mode(model: torch.nn.Module) -> Iterator[None]:
     """Put `model` into training mode and give every submodule its own mode back afterwards."""
+    with _modes_kept(model):
+        model.train()
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode and give every submodule its own mode back afterwards."""
+    with _modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def _modes_kept(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
     try:
         yield
     finally:

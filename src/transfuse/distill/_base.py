@@ -21,6 +21,7 @@ from ..core import taps
 from ..core.batches import IGNORED
 from ..core.errors import BadInput, IncompatibleModels, NotApplicable
 from ..core.fused import Head, fused_sums, head_of
+from ..core.runs import evaluating
 from ._sparse import reduced
 
 __all__ = [
@@ -355,15 +356,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Gradients still pass through it.
     """
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval()
     for parameter, _ in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, state in wanted:
             parameter.requires_grad_(state)

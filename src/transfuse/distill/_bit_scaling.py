@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core import taps
 from ..core.errors import BadInput
+from ..core.runs import evaluating
 from ._base import logits_of, model_inputs
 from ._fake_quant import fake_quant, matrices
 
@@ -134,15 +135,9 @@ def perturbation_tolerance(
     """
     seen, logits = [], []
     for each in (model, quantized):
-        modes = [(module, module.training) for module in each.modules()]
-        each.eval()
-        try:
-            with taps.capture(each, layer) as store:
-                logits.append(logits_of(each(**model_inputs(each, batch))).float())
-            seen.append(store[layer].float())
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(each), taps.capture(each, layer) as store:
+            logits.append(logits_of(each(**model_inputs(each, batch))).float())
+        seen.append(store[layer].float())
     uniform = torch.empty_like(logits[0]).uniform_(generator=random).clamp_min(1e-20)
     gumbel = -torch.log(-torch.log(uniform))
     drawn = [(z + gumbel).argmax(-1) for z in logits]

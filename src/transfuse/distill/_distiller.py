@@ -15,7 +15,7 @@ from ..core.batches import IGNORED, pad_collator
 from ..core.errors import BadInput, IncompatibleModels, NotApplicable
 from ..core.files import write_tensors
 from ..core.fused import Head
-from ..core.runs import check_finite
+from ..core.runs import check_finite, evaluating
 from ..core.trainer import SafeTrainer
 from ._base import CrossEntropy, Objective, Reader, Signal, logits_of, model_inputs
 from ._policy import Policy
@@ -290,12 +290,8 @@ class _Pair(nn.Module):
 
     def set_up(self, batch: Mapping[str, Any]) -> None:
         """Let the objective see what it will get."""
-        mode = self.student.training
-        self.student.eval()
-        try:
+        with evaluating(self.student):
             self.objective.setup(self.reader(batch, grad=False), self.teacher(batch), batch)
-        finally:
-            self.student.train(mode)
         self.objective.to(next(self.student.parameters()).device)
 
     def forward(self, batch: Mapping[str, Any], evaluate: bool = False) -> dict[str, Tensor]:

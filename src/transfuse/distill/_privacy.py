@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import BadInput
+from ..core.runs import evaluating
 from ._base import logits_of, model_inputs
 
 __all__ = ["PATTERNS", "TokenPrivacyScorer", "detector_recall"]
@@ -323,13 +324,8 @@ def _spread(
 @torch.no_grad()
 def _log_likelihoods(model: nn.Module, row: Sequence[int]) -> Tensor:
     """What each token of a row but the first has as log p, float32 `[L - 1]`, in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         ids = torch.tensor([list(row)], device=next(model.parameters()).device)
         logits = logits_of(model(**model_inputs(model, {"input_ids": ids})))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     log_p = torch.log_softmax(logits[0, :-1].float(), -1)
     return log_p.gather(-1, ids[0, 1:, None]).squeeze(-1).cpu()

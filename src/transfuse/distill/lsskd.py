@@ -51,6 +51,7 @@ from ..core import taps
 from ..core.batches import IGNORED
 from ..core.divergence import kl_terms
 from ..core.errors import BadInput
+from ..core.runs import evaluating
 from ..core.training import seeded
 from ._base import Objective, Signal, frozen, logits_of, model_inputs
 from ._lsskd import AuxiliaryBranch, Memory, activations, answers_of
@@ -350,13 +351,10 @@ class LSSKD(Objective):
     @torch.no_grad()
     def scores(self, images: Tensor) -> list[Tensor]:
         """Class scores `[B, N]` of each branch over all rotations of `images` `[B, C, H, H]`, in evaluation mode."""
-        modes = [(module, module.training) for module in self.branches.modules()]
-        self.branches.eval()
         with frozen(self.student), taps.capture(self.student, self.student_taps) as seen:
             self.student(rotated(images, self.count))
-        answers = answers_of(self.branches, [seen[name] for name in self.student_taps])[1]
-        for module, mode in modes:
-            module.training = mode
+        with evaluating(self.branches):
+            answers = answers_of(self.branches, [seen[name] for name in self.student_taps])[1]
         return [class_scores(z, self.count) for z in answers]
 
     def export(self) -> nn.Module:

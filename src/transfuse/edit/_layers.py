@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.data import Fact
 from ..core.errors import BadInput
 from ..core.generate import check_length, encode_pair
+from ..core.runs import evaluating
 from ..core.taps import contiguous_head, decoder_layers
 
 __all__ = ["block_name", "check_number", "depth", "down_projection", "encode_facts", "still"]
@@ -75,14 +76,8 @@ def down_projection(model: PreTrainedModel, layer: int, module: str | None = Non
 @contextlib.contextmanager
 def still(model: PreTrainedModel) -> Iterator[None]:
     """Run a block with every module in eval mode (each gets its own mode back) and a contiguous head."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with contiguous_head(model):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), contiguous_head(model):
+        yield
 
 
 def encode_facts(

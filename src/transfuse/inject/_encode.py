@@ -16,9 +16,10 @@ from ..core.errors import BadInput
 from ..core.files import sha256_json
 from ..core.models import fingerprint
 from ..core.retrieval import passage_text
+from ..core.runs import evaluating
 from ..core.training import encode_examples, optimise
 from ._augment import Augmentation, Augmenter, Render, Triple, plan, prompt_for, target
-from ._lora import Factors, LoraSlot, evaluating, initial_factors, target_modules
+from ._lora import Factors, LoraSlot, initial_factors, target_modules
 from ._store import AdapterStore
 
 __all__ = ["DocumentParameterizer"]

@@ -5,10 +5,9 @@ PEFT's LoRA layers do the arithmetic: `y = W x + s B (A x)` with A and B in floa
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..core.errors import BadInput, CorruptFile, IncompatibleModels
 from ..core.files import atomic_dir, check_writable, read_tensors, write_tensors
 from ..core.lineage import read_lineage, write_lineage
 from ..core.models import fingerprint
+from ..core.runs import evaluating
 from ..core.training import generator
 from ._base import Handle
 
@@ -332,15 +332,3 @@ def check_base(model: PreTrainedModel, base: Any, where: str, known: str | None 
             "load that model, or encode the documents again",
         )  # fmt: skip
     return own
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and every submodule's own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import NotApplicable
+from transfuse.core.runs import evaluating
 from transfuse.core.training import generator
 
 __all__ = ["ExpertSite", "choose", "expert_sites", "shared_part"]
@@ -111,19 +112,16 @@ def _routes_so(site: ExpertSite) -> bool:
     """Whether the block's output is what this module thinks it is, on random tokens."""
     block, weight = site.block, site.block.gate.weight
     x = torch.randn(16, site.width, generator=generator(0)).to(weight.device, weight.dtype)
-    mode = block.training
-    block.eval()
     try:
-        logits = nn.functional.linear(x.float(), weight.float())
-        weights, indices = choose(logits, site.top_k, normalise=site.normalise, scale=site.scale)
-        ours = block.experts(x, indices, weights.to(x.dtype))
-        shared = shared_part(block)
-        if shared is not None:
-            ours = ours + shared(x)
-        theirs = block(x[None])[0]
-        far = (ours - theirs).float().norm(dim=-1) > 0.05 * theirs.float().norm(dim=-1) + 1e-12
-        return bool(far.float().mean() <= 0.25)  # in half precision a close call may go the other way
+        with evaluating(block):
+            logits = nn.functional.linear(x.float(), weight.float())
+            weights, indices = choose(logits, site.top_k, normalise=site.normalise, scale=site.scale)
+            ours = block.experts(x, indices, weights.to(x.dtype))
+            shared = shared_part(block)
+            if shared is not None:
+                ours = ours + shared(x)
+            theirs = block(x[None])[0]
+            far = (ours - theirs).float().norm(dim=-1) > 0.05 * theirs.float().norm(dim=-1) + 1e-12
+            return bool(far.float().mean() <= 0.25)  # in half precision a close call may go the other way
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        block.train(mode)

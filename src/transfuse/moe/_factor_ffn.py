@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from transfuse.core.errors import BadInput, NotApplicable
+from transfuse.core.runs import evaluating
 from transfuse.core.taps import decoder_layers
 from transfuse.core.training import generator, seeded
 from transfuse.moe._base import Latest, Routing
@@ -90,11 +91,10 @@ def _is_ffn(site: Site) -> bool:
     layer: Any = getattr(site.module, site.inward[0])
     weight = _weight(layer)
     x = torch.randn(4, weight.shape[1], generator=generator(0)).to(weight.device, weight.dtype)
-    mode = site.module.training
-    site.module.eval()
     try:
         block = FactorizedFFN(site, experts=1, top_k=1)
-        ours, theirs = block.dense(x).float(), site.module(x).float()
+        with evaluating(site.module):
+            ours, theirs = block.dense(x).float(), site.module(x).float()
         tolerance = 0.1 if weight.dtype.itemsize == 2 else 1e-3
         return bool((ours - theirs).norm() <= tolerance * theirs.norm() + 1e-12)
     except (
@@ -104,8 +104,6 @@ def _is_ffn(site: Site) -> bool:
         TypeError,
     ):  # its forward takes or does something else
         return False
-    finally:
-        site.module.train(mode)
 
 
 class FactorizedFFN(nn.Module):
@@ -241,10 +239,8 @@ class FactorizedFFN(nn.Module):
     def _taught(self, x: Tensor) -> Tensor:
         """The frozen block's output."""
         assert self.teacher is not None
-        mode = self.teacher.training
-        self.teacher.eval()
-        y = self.teacher(x)
-        self.teacher.train(mode)
+        with evaluating(self.teacher):
+            y: Tensor = self.teacher(x)
         return y
 
     def _target(self, x: Tensor) -> Tensor:

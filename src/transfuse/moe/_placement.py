@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.errors import BadInput, CorruptFile, IncompatibleModels, NotApplicable
 from ..core.files import atomic_write
+from ..core.runs import evaluating
 from ..core.training import generator
 from ._descent import assign
 from ._exact import Devices
@@ -256,14 +257,11 @@ def _answers(block: nn.Module, model: Any) -> torch.Tensor | None:
     """What a block says to random tokens; None if it cannot be called alone."""
     width, first = model.config.get_text_config().hidden_size, next(block.parameters())
     x = torch.randn(1, 32, width, generator=generator(0)).to(first.device, first.dtype)
-    mode = block.training
-    block.eval()
     try:
-        out = block(x)
+        with evaluating(block):
+            out = block(x)
     except (TypeError, RuntimeError, ValueError):
         return None
-    finally:
-        block.train(mode)
     return (out[0] if isinstance(out, tuple) else out).float().reshape(-1, width)
 
 

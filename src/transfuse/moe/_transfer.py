@@ -14,6 +14,7 @@ from transfuse.core.batches import pad_collator, text_split
 from transfuse.core.datasets import file_or_dataset
 from transfuse.core.errors import BadInput
 from transfuse.core.lineage import amend_lineage, input_hash
+from transfuse.core.runs import evaluating
 from transfuse.core.training import fit
 from transfuse.core.workshop import tell
 from transfuse.moe._base import Conversion, save
@@ -26,18 +27,15 @@ TOLD_EVERY = 5.0  # seconds between lines of progress
 @torch.no_grad()
 def mean_nll(model: Any, rows: list[dict[str, list[int]]], batch_size: int = 4) -> float:
     """Mean negative log-likelihood per labelled token of training rows, in nats; in evaluation mode."""
-    mode, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     collate, total, count = pad_collator(0), 0.0, 0
-    try:
+    with evaluating(model):
         for start in range(0, len(rows), batch_size):
             batch = {k: v.to(device) for k, v in collate(rows[start : start + batch_size]).items()}
             labels = batch.pop("labels")[:, 1:].flatten()
             logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
             total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             count += int((labels != -100).sum())
-    finally:
-        model.train(mode)
     return total / count
 
 
