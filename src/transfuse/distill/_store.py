@@ -1,30 +1,26 @@
 """A teacher on disk: the top-k of its next-token distributions, captured once and read by memory map.
 
-A folder of safetensors shards, one for every few hundred rows of the data set, each written at once; a capture
-that was interrupted goes on with the first missing shard. Ids take two bytes where the vocabulary allows it and
-log-probabilities two (float16): k = 64 costs 256 bytes per token at V <= 65,536.
+A capture that was interrupted goes on with the first missing file. Ids take two bytes where the vocabulary allows it
+and log-probabilities two (float16): k = 64 costs 256 bytes per token at V <= 65,536.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.batches import IGNORED, data_identity, pad_collator
-from ..core.errors import BadInput, CorruptFile
-from ..core.files import atomic_write, check_writable, write_tensors
+from ..core.errors import BadInput
+from ..core.rowstore import RowStore
 from ._base import Reader, Signal, frozen
 
 __all__ = ["LogitStore"]
 
-_INDEX = "index.json"
+_STEM = "top"
 _SMALL = 2**16
 
 
@@ -46,52 +42,20 @@ class LogitStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
-        try:
-            index = json.loads((self.folder / _INDEX).read_text())
-        except OSError as error:
-            raise BadInput(
-                "folder", str(folder), "holds no logit store", "make one with LogitStore.capture"
-            ) from error
-        except ValueError as error:
-            raise CorruptFile(
-                "folder", str(folder), f"has an unreadable {_INDEX}", "capture again"
-            ) from error
-        self.k, self.vocabulary, self.rows = index["k"], index["vocabulary"], index["rows"]
-        self.data: str = index["data"]
-        self._shard_rows: int = index["shard_rows"]
-        self._open: dict[int, Any] = {}
-        self._starts: dict[int, list[int]] = {}
-        missing = [path.name for path in self._shards() if not path.is_file()]
-        if missing:
-            raise CorruptFile(
-                "folder", str(folder), f"lacks {missing[0]}", "run the capture again: it goes on"
-            )
-        self.tokens = sum(self._offsets(number)[-1] for number in range(len(self._shards())))
-
-    def _shards(self) -> list[Path]:
-        return [self.folder / _shard_name(i) for i in range(-(-self.rows // self._shard_rows))]
+        self._store = RowStore(folder, kind="logit store", stem=_STEM)
+        self.folder, self.rows, self.tokens = self._store.folder, self._store.rows, self._store.entries
+        self.k: int = self._store.facts["k"]
+        self.vocabulary: int = self._store.facts["vocabulary"]
+        self.data: str = self._store.facts["data"]
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes on disk per stored token."""
-        return sum(path.stat().st_size for path in self._shards()) / max(self.tokens, 1)
-
-    def _offsets(self, number: int) -> list[int]:
-        if number not in self._open:
-            stream = safe_open(str(self.folder / _shard_name(number)), framework="pt")
-            self._open[number] = stream
-            self._starts[number] = stream.get_tensor("starts").tolist()
-        return self._starts[number]
+        return self._store.nbytes / max(self.tokens, 1)
 
     def row(self, index: int) -> tuple[Tensor, Tensor]:
         """Ids int64 `[n, k]` and log-probabilities float32 `[n, k]` of row `index`'s n predicted tokens."""
-        number, place = divmod(index, self._shard_rows)
-        if not 0 <= index < self.rows:
-            raise BadInput("row", index, "is not in the store", f"use 0 to {self.rows - 1}")
-        starts = self._offsets(number)
-        piece = slice(starts[place], starts[place + 1])
-        ids, values = (self._open[number].get_slice(name)[piece] for name in ("ids", "log_probs"))
+        ids, values = self._store.row(index, "ids", "log_probs")
         return ids.to(torch.int64), values.to(torch.float32)
 
     def signal(self, batch: Mapping[str, Any]) -> Signal:
@@ -153,30 +117,18 @@ class LogitStore:
             raise BadInput("k", k, f"is not between 1 and V - 1 = {vocabulary - 1}", "store fewer entries")
         if len(dataset) == 0:
             raise BadInput("dataset", "[]", "has no rows", "give at least one row")
-        target = check_writable(folder, "folder")
-        target.mkdir(parents=True, exist_ok=True)
         facts = {
             "k": k, "vocabulary": vocabulary, "rows": len(dataset), "data": data_identity(dataset),
             "shard_rows": shard_rows,
         }  # fmt: skip
-        if (target / _INDEX).is_file() and json.loads((target / _INDEX).read_text()) != facts:
-            raise BadInput("folder", str(folder), "holds a store of other data or settings", "choose another")
-        atomic_write(target / _INDEX, json.dumps(facts, indent=1) + "\n")
         collate = collator or pad_collator(0)
+
+        def make(first: int, last: int) -> dict[str, Tensor]:
+            return _captured(reader, [dataset[i] for i in range(first, last)], k, batch_size, collate)
+
         with frozen(model):
-            for first in range(0, len(dataset), shard_rows):
-                path = target / _shard_name(first // shard_rows)
-                last = min(first + shard_rows, len(dataset))
-                if not path.is_file():
-                    rows = [dataset[i] for i in range(first, last)]
-                    write_tensors(path, _captured(reader, rows, k, batch_size, collate))
-                if on_shard is not None:
-                    on_shard(last, len(dataset))
-        return cls(target)
-
-
-def _shard_name(number: int) -> str:
-    return f"top-{number:05d}.safetensors"
+            RowStore.fill(folder, facts, make, stem=_STEM, on_shard=on_shard)
+        return cls(folder)
 
 
 def _captured(

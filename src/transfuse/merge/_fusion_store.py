@@ -1,36 +1,34 @@
 """What a source says about the training texts, captured once: top-k probabilities and the cross-entropy per sequence.
 
-A folder of safetensors shards, one for every few hundred rows, each written at once and read by memory map; a capture
-that was interrupted goes on with the first missing shard. A row holds what is said before each of its predicted tokens,
-already in the target's tokens and vocabulary, as float16 probabilities; what they lack to 1 need not be kept.
+A capture that was interrupted goes on with the first missing file. A row holds what is said before each of its
+predicted tokens, already in the target's tokens and vocabulary, as float16 probabilities; what they lack to 1 need not
+be kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.batches import IGNORED, data_identity, pad_collator
-from ..core.errors import BadInput, CorruptFile, IncompatibleModels
-from ..core.files import atomic_write, check_writable, hash_state, write_tensors
+from ..core.errors import BadInput, IncompatibleModels
+from ..core.files import hash_state
 from ..core.fused import head_of
 from ..core.generate import check_length, pad_id_of
+from ..core.rowstore import RowStore
+from ..core.runs import evaluating
 from ..core.tokens import encode, locate
 from ._fusion import Distributions, Rest
 from ._fusion_align import Alignment, Fallback, VocabularyMap, align_distributions, same_vocabulary
 
 __all__ = ["Reading", "SourceStore", "gathered"]
 
-_INDEX = "index.json"
+_STEM = "source"
 _SMALL = 2**16
 _ROWS = 512  # tokens whose logits are looked at together
 
@@ -76,18 +74,6 @@ class Reading:
         return output if isinstance(output, Tensor) else output.logits
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 class SourceStore:
     """A source's stored top k and cross-entropies for the rows of one data set.
 
@@ -106,36 +92,17 @@ class SourceStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
-        try:
-            index = json.loads((self.folder / _INDEX).read_text())
-        except OSError as error:
-            remedy = "make one with SourceStore.capture"
-            raise BadInput("folder", str(folder), "holds no source store", remedy) from error
-        except ValueError as error:
-            raise CorruptFile(
-                "folder", str(folder), f"has an unreadable {_INDEX}", "capture again"
-            ) from error
-        self.k, self.vocabulary, self.rows = index["k"], index["vocabulary"], index["rows"]
-        self._shard_rows: int = index["shard_rows"]
-        names = [_shard_name(i) for i in range(-(-self.rows // self._shard_rows))]
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            remedy = "run the capture again: it goes on"
-            raise CorruptFile("folder", str(folder), f"lacks {missing[0]}", remedy)
-        self._open = [safe_open(str(self.folder / name), framework="pt") for name in names]
-        self._starts = [stream.get_tensor("starts").tolist() for stream in self._open]
-        self.ce = torch.cat([stream.get_tensor("ce") for stream in self._open])
-        known = torch.cat([stream.get_tensor("aligned") for stream in self._open])
+        self._store = RowStore(folder, kind="source store", stem=_STEM)
+        self.folder, self.rows = self._store.folder, self._store.rows
+        self.k: int = self._store.facts["k"]
+        self.vocabulary: int = self._store.facts["vocabulary"]
+        self.ce = self._store.whole("ce")
+        known = self._store.whole("aligned")
         self.aligned = float(known.float().mean()) if len(known) else 1.0
 
     def row(self, index: int) -> tuple[Tensor, Tensor]:
         """Ids int64 and probabilities float32, `[n, k]`, before row `index`'s n predicted tokens; 0 is no entry."""
-        if not 0 <= index < self.rows:
-            raise BadInput("row", index, "is not in the store", f"use 0 to {self.rows - 1}")
-        number, place = divmod(index, self._shard_rows)
-        piece = slice(*self._starts[number][place : place + 2])
-        ids, probs = (self._open[number].get_slice(name)[piece] for name in ("ids", "probs"))
+        ids, probs = self._store.row(index, "ids", "probs")
         return ids.to(torch.int64), probs.to(torch.float32)
 
     @classmethod
@@ -200,22 +167,18 @@ class SourceStore:
             "temperature": temperature, "other_tokenizer": [alignment, fallback] if other else None,
             "source": hash_state(model.state_dict()),
         }  # fmt: skip
-        target = check_writable(folder, "folder")
-        target.mkdir(parents=True, exist_ok=True)
-        if (target / _INDEX).is_file() and json.loads((target / _INDEX).read_text()) != facts:
-            raise BadInput("folder", str(folder), "holds a store of other data or settings", "choose another")
-        atomic_write(target / _INDEX, json.dumps(facts, indent=1) + "\n")
         capture = _Capture(reading, width, k, temperature, batch_size)
         if other:
             mapped = VocabularyMap(tokenizer, target_tokenizer) if vocab_map is None else vocab_map
             capture.bring(tokenizer, target_tokenizer, mapped, {"alignment": alignment, "fallback": fallback})
-        with _evaluating(model):
-            for first in range(0, len(dataset), shard_rows):
-                path = target / _shard_name(first // shard_rows)
-                if not path.is_file():
-                    rows = [dataset[i] for i in range(first, min(first + shard_rows, len(dataset)))]
-                    write_tensors(path, capture(rows))
-        return cls(target)
+        with evaluating(model), torch.no_grad():
+            RowStore.fill(
+                folder,
+                facts,
+                lambda first, last: capture([dataset[i] for i in range(first, last)]),
+                stem=_STEM,
+            )
+        return cls(folder)
 
 
 def gathered(
@@ -341,7 +304,3 @@ def _first_byte(tokenizer: Any, row: Mapping[str, Any], text: str) -> int:
 
 def _mean(nll: Tensor) -> float:
     return float(nll.double().mean()) if len(nll) else 0.0
-
-
-def _shard_name(number: int) -> str:
-    return f"source-{number:05d}.safetensors"
