@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import BadInput
-from transfuse.core.runs import check_positive
+from transfuse.core.runs import check_positive, evaluating
 from transfuse.core.taps import capture
 from transfuse.core.training import generator
 
@@ -355,15 +355,10 @@ class ExSSNet:
     @torch.no_grad()
     def evaluated(self, x: Any) -> Tensor:
         """The network's output under the masks it stands at, in evaluation mode."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            device = next(self.model.parameters()).device
+        device = next(self.model.parameters()).device
+        with evaluating(self.model):
             found: Tensor = self.model(x.to(device) if isinstance(x, Tensor) else x)
-            return found
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        return found
 
 
 def _masked(layer: nn.Module) -> SupermaskLinear | SupermaskConv1d | SupermaskConv2d:
