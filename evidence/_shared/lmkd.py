@@ -126,8 +126,8 @@ def characters(
         teacher: Any = charlm.make(seed, len(alphabet), 128, 2)
     else:
         teacher = llama(seed, len(alphabet), *size)
-    lr = rate if size is None else 1e-3
-    trained(teacher.to(device), many, steps=teacher_steps, seed=seed, lr=lr, device=device)
+    lr, bf16 = (rate, False) if size is None else (1e-3, device == "cpu")
+    trained(teacher.to(device), many, steps=teacher_steps, seed=seed, lr=lr, bf16=bf16, device=device)
     rows = charlm.windows(train, max(steps, warm_steps) * BATCH, seed + 1)
     student = charlm.make(seed + 1, len(alphabet), 32)
     trained(student.to(device), rows, steps=warm_steps, seed=seed, lr=rate, device=device)
