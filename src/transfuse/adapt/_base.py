@@ -96,13 +96,17 @@ def refuse_adapted(model: Any) -> None:
         raise BadInput("model", type(model).__name__, "holds adapters already", "give the base model")
 
 
-def base_again(model: PeftModel, kind: type[Tuner]) -> Any:
-    """Take a `Tuner`'s adapters off: the base model as it was, modules trained whole and `requires_grad` included.
+def base_again(model: PeftModel, kind: type[BaseTuner]) -> Any:
+    """Take adapters off: the base model as it was, modules trained whole and `requires_grad` included.
+
+    Args:
+        model: Adapted.
+        kind: Its tuner, which has `trainable_before`.
 
     Raises:
         BadInput: the adapters are of another kind.
     """
-    tuner = getattr(model, "base_model", None)
+    tuner: Any = getattr(model, "base_model", None)
     if not isinstance(tuner, kind):
         raise BadInput("model", type(model).__name__, "has no such adapters", "pass what the method returned")
     for name, module in list(tuner.model.named_modules()):

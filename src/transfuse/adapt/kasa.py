@@ -54,17 +54,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import set_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from transfuse.adapt._base import (
     LayerSpectrum,
     Targets,
+    base_again,
+    fill_adapter,
     layer_spectrum,
     linear_targets,
     read_adapter,
+    refuse_adapted,
     target_names,
     task_type,
     weights_hash,
@@ -193,7 +194,7 @@ def kasa(
         truncate_rank=r if truncate_rank is None else truncate_rank,
         reduction=reduction,
     )
-    _check_base(model)
+    refuse_adapted(model)
     config = LoraConfig(
         task_type=task_type(model),
         r=r,
@@ -204,11 +205,6 @@ def kasa(
         kasa_config=settings,
     )
     return _attach(model, config, settings, keep_base=keep_base, seed=seed)
-
-
-def _check_base(model: Any) -> None:
-    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
-        raise BadInput("model", type(model).__name__, "holds adapters already", "give the base model")
 
 
 def _attach(
@@ -281,17 +277,10 @@ def restore(model: PeftModel) -> Any:
     if any(originals.get(name) is None for name in layers):
         remedy = 'load the base model again, or adapt with keep_base="copy"'
         raise BadInput("model", type(model).__name__, "kept no copy of the weights", remedy)
-    whole = {n: m.original_module for n, m in inner.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    trainable = model.base_model.trainable_before
-    base = model.base_model.unload()
-    for name, module in whole.items():
-        parent, _, child = name.rpartition(".")
-        setattr(base.get_submodule(parent), child, module)
+    base = base_again(model, KasaModel)
     with torch.no_grad():
         for name, original in originals.items():
             base.get_submodule(name).weight.copy_(original)
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name in trainable)
     return base
 
 
@@ -335,7 +324,7 @@ def load(
         CorruptFile: it cannot be read.
         IncompatibleModels: the model's weights are not those the adapter was trained on.
     """
-    _check_base(model)
+    refuse_adapted(model)
     stored, tensors = read_adapter(folder)
     own = stored.get("kasa_config")
     if own is None:
@@ -352,13 +341,7 @@ def load(
             problem = "was trained on other weights than this model's"
             raise IncompatibleModels("folder", str(folder), problem, "load the base model it was trained on")
     adapted = _attach(model, config, settings, keep_base=keep_base, seed=0, truncated=truncated)
-    result = set_peft_model_state_dict(adapted, tensors)
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if result.unexpected_keys or missing:
-        key = (result.unexpected_keys or missing)[0]
-        raise IncompatibleModels(
-            "folder", str(folder), f"does not fit the model at {key}", "check the base model"
-        )
+    fill_adapter(adapted, tensors, folder, "lora_")
     adapted.base_model.requires_grad_(False)
     adapted.set_adapter(adapted.active_adapter, inference_mode=not trainable)
     return adapted.eval()
