@@ -47,7 +47,8 @@ NOTES = (
     "(adapter 1e-3, 3e-3, 6e-3; fusion 3e-4, 1e-3, 3e-3) on seed 7, which is not recorded; the others have the "
     "paper's 6e-3. Fusion's starting values were made the published ones after that choice. `average` is the same "
     "model with every scale fixed at 1 / S, so that its head alone is trained; so is `soup`'s, on one adapter whose "
-    "weights are the mean of all sources' (their inputs are the same, so none is nearer to the target)."
+    "weights are the mean of all sources' (their inputs are the same, so none is nearer to the target). The full tier "
+    "computes under bfloat16 autocast, all arms alike."
 )
 
 EXAMPLES, BATCH = 32, 8
@@ -172,8 +173,15 @@ def average_weights(model: PeftModel, sources: list[Path], head: str) -> None:
 
 def logits(model: nn.Module, setting: Setting, rows: Tensor) -> Tensor:
     """`[B, 2]`."""
-    out = model(**{name: value[rows] for name, value in setting.inputs.items()})
-    return out if isinstance(out, Tensor) else out.logits
+    batch = {name: value[rows] for name, value in setting.inputs.items()}
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return model(**batch)
+    longest = int(mask.sum(1).max())
+    # Without autocast's cache, which would keep the first weights where a context lasts.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        out = model(**{name: value[:, :longest] for name, value in batch.items()}).logits
+    return out.float()
 
 
 def learn(
