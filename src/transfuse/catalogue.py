@@ -43,7 +43,7 @@ ACCESS = ("text", "logits", "hidden", "weights", "training data")
 """What a method may need of a model, from least to most."""
 
 TIERS = ("quick", "full")
-"""Tiers of evidence: about a minute, about ten minutes."""
+"""Tiers of evidence: about a minute; minutes on a GPU and up to an hour on a CPU."""
 
 ENTRY_POINTS = "transfuse.methods"
 NOT_FAMILIES = ("core", "compare", "report")  # packages that hold no methods

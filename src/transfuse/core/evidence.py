@@ -202,7 +202,7 @@ def run_evidence(
 
     Args:
         slug: The method.
-        tier: "quick" (about a minute) or "full" (about ten).
+        tier: "quick" (about a minute) or "full" (minutes on a GPU, up to an hour on a CPU).
         seeds: Number of seeds, from 0 up; the recipe's `SEEDS[tier]` or 3 by default.
         root: Folder of recipes and records in place of `evidence_root()`.
 
