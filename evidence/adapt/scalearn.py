@@ -50,7 +50,7 @@ NOTES = (
     "weights are the mean of all sources' (their inputs are the same, so none is nearer to the target). The full tier "
     "computes under bfloat16 autocast, all arms alike. There 32 examples teach a head little, whatever is under it: "
     "ScaLearn is the best on average (0.627; adapter 0.620, soup 0.606, average 0.605), but the adapter is ahead in "
-    "two of five seeds and within the margin in a third. Fusion, at the rate chosen on digits, stays near chance (0.518)."
+    "two of five seeds and within the margin in a third. Fusion stays near chance (0.518) at the rate chosen on digits."
 )
 
 EXAMPLES, BATCH = 32, 8
