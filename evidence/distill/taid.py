@@ -34,7 +34,10 @@ SEEDS = {"quick": 3, "full": 5}
 NOTES = (
     "Reverse KL keeps the best NLL of its own samples under the teacher; the rule asks TAID to beat it on held-out "
     "text only. Linear against adaptive schedule is reported without a rule. Learning rate, batch and number of "
-    "samples were chosen on seeds 100 to 102, which are not recorded."
+    "samples were chosen on seeds 100 to 102, which are not recorded. Full, on a CPU: ahead of forward KL in all five "
+    "seeds on held-out text and of its samples, but in one of them by less than the margins, which were set for a GRU "
+    "teacher. Sharper teachers do not help this student: from 64 to 256 wide it goes from 2.193 to 2.214 nats. At "
+    "SmolLM2-135M, 30 updates, TAID lies between forward and reverse KL in both figures."
 )
 
 # On either device: width and layers of the teachers, their updates, and every arm's at SmolLM2-135M.
