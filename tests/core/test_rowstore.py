@@ -74,5 +74,6 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(BadInput, match="not a folder"):
         RowStore.fill(tmp_path / "file", FACTS, shard, stem="part")
     (tmp_path / "s" / "index.json").write_text(json.dumps(FACTS)[:-1])
-    with pytest.raises(CorruptFile, match="unreadable"):
-        opened(tmp_path / "s")
+    for attempt in (opened, lambda folder: RowStore.fill(folder, FACTS, shard, stem="part")):
+        with pytest.raises(CorruptFile, match=r"unreadable index\.json; remove the folder and capture again"):
+            attempt(tmp_path / "s")

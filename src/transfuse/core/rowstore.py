@@ -47,13 +47,9 @@ class RowStore:
 
     def __init__(self, folder: str | os.PathLike[str], *, kind: str, stem: str):
         self.folder = Path(folder)
-        try:
-            self.facts: dict[str, Any] = json.loads((self.folder / _INDEX).read_text())
-        except OSError as error:
-            raise BadInput("folder", str(folder), f"holds no {kind}", "capture one there") from error
-        except ValueError as error:
-            problem = f"has an unreadable {_INDEX}"
-            raise CorruptFile("folder", str(folder), problem, "capture again") from error
+        if not (self.folder / _INDEX).is_file():
+            raise BadInput("folder", str(folder), f"holds no {kind}", "capture one there")
+        self.facts = _facts(self.folder)
         self.rows: int = self.facts["rows"]
         self._shard_rows: int = self.facts["shard_rows"]
         paths = [self.folder / _name(stem, i) for i in range(-(-self.rows // self._shard_rows))]
@@ -102,11 +98,12 @@ class RowStore:
 
         Raises:
             BadInput: the folder cannot be written, or holds a store of other facts.
+            CorruptFile: its index cannot be read, so that nobody knows what its shards are of.
         """
         target = check_writable(folder, "folder")
         target.mkdir(parents=True, exist_ok=True)
         index = target / _INDEX
-        if index.is_file() and json.loads(index.read_text()) != facts:
+        if index.is_file() and _facts(target) != facts:
             raise BadInput("folder", str(folder), "holds a store of other data or settings", "choose another")
         atomic_write(index, json.dumps(facts, indent=1) + "\n")
         rows, shard_rows = facts["rows"], facts["shard_rows"]
@@ -116,6 +113,15 @@ class RowStore:
                 write_tensors(path, make(first, last))
             if on_shard is not None:
                 on_shard(last, rows)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / _INDEX).read_text())
+        return found
+    except ValueError as error:
+        problem, remedy = f"has an unreadable {_INDEX}", "remove the folder and capture again"
+        raise CorruptFile("folder", str(folder), problem, remedy) from error
 
 
 def _name(stem: str, number: int) -> str:

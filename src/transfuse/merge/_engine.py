@@ -214,7 +214,7 @@ class _Hashes:
         self._found = {source.label: "" for source in sources}
         self._error: BaseException | None = None
         count = min(len(sources), os.cpu_count() or 1)
-        parts = [list(sources)[first::count] for first in range(count)]
+        parts = [sources[first::count] for first in range(count)]
         self._threads = [threading.Thread(target=self._work, args=(part,), daemon=True) for part in parts]
         for thread in self._threads:
             thread.start()
