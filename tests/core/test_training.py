@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import socket
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from transfuse.core.batches import EpochOrder
-from transfuse.core.checkpoints import last_checkpoint, rng_state, set_rng_state
+from transfuse.core.checkpoints import clear_checkpoints, last_checkpoint, rng_state, set_rng_state
 from transfuse.core.errors import BadInput, CorruptFile, IncompatibleModels, TrainingDiverged
 from transfuse.core.files import read_tensors, write_tensors
 from transfuse.core.training import encode_examples, fit, generator, loop, optimise, pad_collator, seeded
@@ -358,8 +359,43 @@ def test_loop_names_a_damaged_checkpoint(tmp_path):
     with pytest.raises(CorruptFile, match=r"optimizer\.safetensors"):
         run_loop(tmp_path)
     (folder / "state.json").write_text("{")
-    with pytest.raises(CorruptFile, match="resume=False"):
+    with pytest.raises(CorruptFile, match=r"state\.json.*resume=False"):
         run_loop(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+)
+def test_loop_names_a_missing_file(tmp_path, name):
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(tmp_path, stop_at=7)  # the random states are read only by a run that goes on
+    (last_checkpoint(tmp_path) / name).unlink()
+    with pytest.raises(CorruptFile, match=rf"{re.escape(name)}.*resume=False"):
+        run_loop(tmp_path)
+    assert run_loop(tmp_path, resume=False)[1].resumed_at == 0
+
+
+def test_a_look_at_a_run_changes_nothing(tmp_path):
+    """`last_checkpoint` is asked about runs in progress: what they are writing is theirs."""
+    writing, removed = tmp_path / ".checkpoint-9.x.tmp", tmp_path / ".checkpoint-3.x.old"
+    for half in (writing, removed):
+        half.mkdir(parents=True)
+        (half / "model.safetensors").write_bytes(b"x")
+    assert last_checkpoint(tmp_path) is None and writing.is_dir() and removed.is_dir()
+    run_loop(tmp_path)  # the run itself clears what a killed one left
+    assert [path.name for path in tmp_path.iterdir()] == [last_checkpoint(tmp_path).name]
+
+
+def test_a_checkpoint_is_hidden_before_it_is_emptied(tmp_path, monkeypatch):
+    run_loop(tmp_path)
+
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transfuse.core.checkpoints.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        clear_checkpoints(tmp_path)
+    assert last_checkpoint(tmp_path) is None
 
 
 # --- fit ---------------------------------------------------------------------------------------------------

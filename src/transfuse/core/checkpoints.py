@@ -7,11 +7,14 @@ all, and the one before it is removed only afterwards, so a process killed at an
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +78,24 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, or None. Remains of a killed process are removed."""
+    """The newest whole checkpoint in `folder`, or None. Only looks, so that a run in progress may be asked."""
     if not folder.is_dir():
         return None
-    for rest in folder.glob(".checkpoint-*"):
-        shutil.rmtree(rest, ignore_errors=True)
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return max(found)[1] if found else None
 
 
 def clear_checkpoints(folder: Path, *, keep: Path | None = None) -> None:
-    """Remove every checkpoint in `folder` but `keep`."""
+    """Remove every checkpoint in `folder` but `keep`, and what a killed process left: only for the run itself.
+
+    A checkpoint is hidden before its files go, so that one killed here leaves no half of it to be found.
+    """
     for path in folder.glob("checkpoint-*"):
         if path != keep and _NAME.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+                os.replace(path, Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=folder)))
+    for rest in folder.glob(".checkpoint-*"):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -151,7 +158,7 @@ def load_checkpoint(folder: Path, *, optimizer: Any = None, scheduler: Any = Non
     """
     state = _read_state(folder)
     if optimizer is not None:
-        tensors, _ = read_tensors(folder / "optimizer.safetensors")
+        tensors = _read_tensors(folder, "optimizer")
         joined = _join(tensors, state["optimizer"]["state"])
         try:
             optimizer.load_state_dict({"state": joined, "param_groups": state["optimizer"]["param_groups"]})
@@ -171,10 +178,10 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Copy a checkpoint's weights into `model`, bit for bit.
 
     Raises:
-        CorruptFile: the file cannot be read.
+        CorruptFile: the file is missing or unreadable.
         IncompatibleModels: names, shapes or dtypes differ from the model's trainable tensors.
     """
-    tensors, _ = read_tensors(folder / "model.safetensors")
+    tensors = _read_tensors(folder, "model")
     own = trained_tensors(model)
     for name in sorted(own.keys() | tensors.keys()):
         mine, theirs = own.get(name), tensors.get(name)
@@ -192,21 +199,30 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 def load_rng(folder: Path, name: str = "now") -> None:
     """Put back the random state called `name` of a checkpoint."""
-    tensors, _ = read_tensors(folder / "rng.safetensors")
+    tensors = _read_tensors(folder, "rng")
     every = {**tensors, **_read_state(folder)["rng"]}
     set_rng_state({key[len(name) + 1 :]: value for key, value in every.items() if key.startswith(name + "/")})
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
+    with _told(folder / _STATE) as path:
+        return json.loads(path.read_text())
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    with _told(folder / f"{name}.safetensors") as path:
+        return read_tensors(path)[0]
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[Path]:
+    """Whatever is wrong with a checkpoint's file, the remedy is the same."""
     try:
-        return json.loads((folder / _STATE).read_text())
+        yield path
     except (OSError, ValueError) as error:
-        raise CorruptFile(
-            "output_dir",
-            str(folder),
-            f"holds an unreadable checkpoint ({error})",
-            "delete it or pass resume=False",
-        ) from error
+        problem = error.problem if isinstance(error, BadInput) else f"cannot be read ({error})"
+        remedy = "delete the checkpoint or pass resume=False"
+        raise CorruptFile("output_dir", str(path), problem, remedy) from error
 
 
 def _split(

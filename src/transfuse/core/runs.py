@@ -120,6 +120,7 @@ def open_run(
     if last is not None and load_checkpoint(last).get("identity") != json.loads(json.dumps(identity)):
         remedy = "choose another folder or pass resume=False"
         raise BadInput("output_dir", str(folder), "holds a checkpoint of a run with other arguments", remedy)
+    clear_checkpoints(folder, keep=last)
     return folder, last
 
 
