@@ -81,6 +81,7 @@ from transfuse.adapt._loramoe_layers import (
 )
 from transfuse.core.batches import pad_collator
 from transfuse.core.errors import BadInput
+from transfuse.core.runs import evaluating
 from transfuse.core.training import seeded
 
 __all__ = [
@@ -268,15 +269,12 @@ def router_report(
     balance(model)
     layers = {id(m): n for n, m in model.base_model.model.named_modules() if isinstance(m, LoraMoeLinear)}
     sums: dict[str, dict[int, torch.Tensor]] = {name: {} for name in layers.values()}
-    mode = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "task_types")}
             if "task_types" not in batch:
-                raise BadInput(
-                    "batches", sorted(batch), "lack task_types", "make them with collator(tokenizer)"
-                )
+                remedy = "make them with collator(tokenizer)"
+                raise BadInput("batches", sorted(batch), "lack task_types", remedy)
             with watched(inputs.get("attention_mask")) as masses:
                 model(**inputs)
             for (layer, _), mass in masses.items():
@@ -284,8 +282,6 @@ def router_report(
                 for kind in types.unique().tolist():
                     found = sums[layers[layer]]
                     found[kind] = found.get(kind, 0) + mass[types == kind].sum(0)
-    finally:
-        model.train(mode)
     return {
         name: {kind: (mass / mass.sum()).tolist() for kind, mass in sorted(found.items())}
         for name, found in sums.items()
