@@ -201,12 +201,19 @@ def test_compare_and_run_pass_their_arguments_on(call, monkeypatch, tmp_path):
     assert seen == [((Path("a.yaml"),), {"output": tmp_path}), ((Path("b.yaml"),), {"output": None})]
 
 
-def test_interruption_is_exit_code_130():
-    """Ctrl-C while a command works: one line, no traceback."""
+@pytest.mark.parametrize(
+    ("module", "name", "words", "told"),
+    [
+        ("transfuse.compare", "compare", ["compare", "x.yaml"], "goes on from there"),
+        ("transfuse.core.evidence", "run_evidence", ["evidence", "kasa"], "starts over"),
+    ],
+)
+def test_interruption_is_exit_code_130(module, name, words, told):
+    """Ctrl-C while a command works: one line, no traceback, and what the same command will do."""
     code = (
-        "import sys, time, transfuse.compare as c, transfuse.cli as cli\n"
+        f"import sys, time, {module} as c, transfuse.cli as cli\n"
         "def slow(*a, **k):\n    print('working', flush=True)\n    time.sleep(60)\n"
-        "c.compare = slow\nsys.exit(cli.main(['compare', 'x.yaml']))"
+        f"c.{name} = slow\nsys.exit(cli.main({words}))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -216,7 +223,7 @@ def test_interruption_is_exit_code_130():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.startswith("interrupted: ")
+    assert err.startswith("interrupted: ") and err.endswith(told + "\n")
     assert err.count("\n") == 1
 
 

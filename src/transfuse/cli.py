@@ -204,14 +204,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     debug = os.environ.get("TRANSFUSE_DEBUG") == "1"
     warnings.showwarning = _show_warning
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(args=words, standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # how typer passes an interruption on; older versions raise Abort
-            return _interrupted()
+            return _interrupted(words)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(words)
     except BrokenPipeError:  # `transfuse methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -221,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except Exception as error:
         if type(error).__name__ == "Abort":
-            return _interrupted()
+            return _interrupted(words)
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error)
             return 2
@@ -236,8 +237,12 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _interrupted() -> int:
-    print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+def _interrupted(words: Sequence[str]) -> int:
+    if {"compare", "run"} & set(words[:1]):
+        kept = "what was finished is kept; the same command goes on from there"
+    else:
+        kept = "nothing was written; the same command starts over"
+    print("interrupted: " + kept, file=sys.stderr)
     return 130
 
 
