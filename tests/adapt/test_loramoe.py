@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import warnings
@@ -411,15 +412,72 @@ def test_a_plain_trainer_includes_it(tiny_lm, tmp_path):
     assert losses[1] - losses[0] == pytest.approx(balance(model).item(), rel=1e-3)
 
 
-def test_a_classifier_keeps_its_head(tmp_path):
-    def classifier():
-        config = AutoConfig.for_model(
-            "bert", vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=64, num_labels=2, pad_token_id=0,
-        )  # fmt: skip
-        with seeded(0):
-            return AutoModelForSequenceClassification.from_config(config).eval()
+def classifier():
+    config = AutoConfig.for_model(
+        "bert", vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, num_labels=2, pad_token_id=0, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    with seeded(0):
+        return AutoModelForSequenceClassification.from_config(config).eval()
 
+
+@pytest.mark.parametrize(("batch", "of"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_a_classifiers_balance_counts_samples(batch, of):
+    """A batch adds its share of the update's samples, as a Trainer asks for it; none of them is shifted away."""
+    model = shaken(
+        loramoe(classifier(), r=2, num_experts=2, target_modules=["intermediate.dense"], dropout=0.0)
+    ).train()
+    inputs = {"input_ids": torch.arange(4 * batch).view(batch, 4) + 5, "labels": torch.zeros(batch).long()}
+    plain = model.base_model.model(**inputs).loss
+    with task_types([i % 2 for i in range(batch)]):
+        whole = model(**inputs).loss
+        spread = model(**inputs, num_items_in_batch=batch * of).loss
+    assert (whole - plain).item() == pytest.approx(balance(model).item(), rel=1e-4)
+    assert (spread - plain).item() == pytest.approx(balance(model).item() / of, rel=1e-4)
+
+
+def test_all_linear_layers_of_a_classifier_are_not_its_head():
+    model = loramoe(classifier(), r=4, num_experts=2, target_modules="all-linear")
+    names = [name for name, module in model.named_modules() if isinstance(module, LoraMoeLinear)]
+    assert len(names) == 13 and not any("classifier" in name for name in names)
+    with pytest.raises(BadInput, match="trained whole"):
+        loramoe(classifier(), target_modules=["classifier"])
+    with pytest.raises(BadInput, match="trained whole"):
+        loramoe(classifier(), target_modules=["query"], modules_to_save=["query"])
+
+
+def test_copied_after_training(tiny_lm):
+    """The latest balance holds a graph, which cannot be copied."""
+    model = made(tiny_lm).train()
+    with task_types([0, 1]):
+        model(input_ids=IDS, labels=IDS)
+    assert float(balance(model)) > 0
+    twin = copy.deepcopy(model)
+    assert float(balance(twin)) == 0
+    assert torch.equal(logits(twin), logits(model))
+
+
+def test_rows_of_several_adapters_are_refused(tiny_lm):
+    model = made(tiny_lm)
+    with pytest.raises(NotApplicable, match="adapter_names"):
+        model(input_ids=IDS, adapter_names=["default", "__base__"])
+
+
+def test_the_report_is_of_the_active_adapter(tiny_lm):
+    model = made(tiny_lm, num_experts=2)
+    batch = collator(0)([{"input_ids": [5, 6, 7], "task_type": 1}, {"input_ids": [8, 9], "task_type": 0}])
+    alone = router_report(model, [batch])
+    model.add_adapter("other", LoraMoeConfig(r=2, num_experts=6, target_modules=["down_proj", "up_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    report = router_report(model, [batch])
+    assert {len(weights) for by in report.values() for weights in by.values()} == {2}
+    assert report.keys() == alone.keys()
+    with model.disable_adapter(), pytest.raises(BadInput, match="disabled"):
+        router_report(model, [batch])
+
+
+def test_a_classifier_keeps_its_head(tmp_path):
     base = classifier()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = loramoe(base, r=2, num_experts=2, target_modules=["intermediate.dense", "output.dense"])
@@ -458,6 +516,12 @@ def test_restore_knows_what_was_trained(tiny_lm):
         {"beta": -1.0},
         {"dropout": 1.0},
         {"target_modules": []},
+        {"r": 2.5},
+        {"alpha": 0.0},
+        {"alpha": math.nan},
+        {"beta": math.inf},
+        {"modules_to_save": "lm_head"},
+        {"modules_to_save": ["nope"]},
     ],
 )
 def test_bad_arguments(tiny_lm, options):

@@ -7,12 +7,13 @@ from the same values for the same seed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ __all__ = [
     "Targets",
     "Tuner",
     "base_again",
+    "batch_share",
+    "check_modules",
     "fill_adapter",
     "is_target",
     "layer_spectrum",
@@ -46,9 +49,12 @@ __all__ = [
     "register",
     "target_names",
     "task_type",
+    "trained_whole",
     "weights_hash",
     "write_adapter",
 ]
+
+HEADS = ("classifier", "score")  # what PEFT trains whole in every sequence classifier
 
 Targets = str | Sequence[str] | None
 """Names or endings of layers, a regular expression, "all-linear", or None for the architecture's usual
@@ -85,9 +91,33 @@ class Tuner(BaseTuner):
     target_module_mapping: Mapping[str, list[str]] = {}
     trainable_before: set[str] | None = None
 
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Any = None, **kwargs: Any
+    ) -> Iterator[None]:
+        if adapter_names is not None:
+            problem, remedy = "are not told apart row by row", "make a batch for each, with set_adapter"
+            raise NotApplicable("adapter_names", adapter_names, problem, remedy)
+        yield
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if self.trainable_before is None:
             self.trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def batch_share(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """What of an update's targets is in this batch: a Trainer adds batches up over the count of all of them.
+
+    Args:
+        model: The transformers model, whose loss may predict the next token.
+        inputs: Of its forward pass: `labels`, and `num_items_in_batch`, without which a batch is all of it.
+    """
+    total, labels = inputs.get("num_items_in_batch"), inputs["labels"]
+    if total is None:
+        return 1.0
+    shifted = getattr(model, "loss_type", None) == "ForCausalLM" and labels.dim() > 1
+    counted = inputs.get("shift_labels", labels[..., 1:] if shifted else labels)
+    return (counted != -100).sum() / total
 
 
 def refuse_adapted(model: Any) -> None:
@@ -119,6 +149,27 @@ def base_again(model: PeftModel, kind: type[BaseTuner]) -> Any:
     return base
 
 
+def check_modules(model: nn.Module, names: Sequence[str] | None) -> list[str] | None:
+    """`modules_to_save` as PEFT's configuration takes it.
+
+    Raises:
+        BadInput: a bare string, or a name that no module has.
+    """
+    if isinstance(names, str):
+        raise BadInput("modules_to_save", names, "is no list of names", f"give [{names!r}]")
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = [name for name in names or () if name.rpartition(".")[2] not in present]
+    if missing:
+        raise BadInput("modules_to_save", missing[0], "is no module of the model", "name the task's head")
+    return list(names) if names else None
+
+
+def trained_whole(name: str, model: nn.Module, modules_to_save: Sequence[str] | None) -> bool:
+    """Whether PEFT trains the layer `name` itself, and so puts no adapter on it, whatever is targeted."""
+    kept = [*(modules_to_save or ()), *(HEADS if task_type(model) == "SEQ_CLS" else ())]
+    return any(re.match(rf"(^|.*\.){each}($|\..*)", name) for each in kept)
+
+
 def target_names(model: nn.Module, targets: Targets) -> str | list[str]:
     """`targets` as PEFT's configuration takes them: "all-linear" and None spelt out.
 
@@ -128,7 +179,9 @@ def target_names(model: nn.Module, targets: Targets) -> str | list[str]:
     if targets == "all-linear":
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         names = {
-            n for n, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head
+            n
+            for n, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and layer is not head and not trained_whole(n, model, None)
         }
         return sorted({name.rpartition(".")[2] for name in names})
     if targets is None:
@@ -150,11 +203,13 @@ def is_target(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def linear_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
-    """The layers that `targets` (see `target_names`) name, in the model's order.
+def linear_targets(
+    model: nn.Module, targets: str | Sequence[str], modules_to_save: Sequence[str] | None = None
+) -> dict[str, nn.Linear]:
+    """The layers that `targets` (see `target_names`) name and that get adapters, in the model's order.
 
     Raises:
-        BadInput: nothing matches.
+        BadInput: nothing matches, or all that does is trained whole.
         NotApplicable: a match that is not a plain `nn.Linear`: transposed (GPT-2's Conv1D), another kind of
             layer, quantised, on the meta device, or with a weight that another layer shares.
     """
@@ -166,6 +221,10 @@ def linear_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
         raise BadInput(
             "target_modules", targets, "matches no layer", f"linear layers here: {', '.join(endings)}"
         )
+    found = {n: layer for n, layer in found.items() if not trained_whole(n, model, modules_to_save)}
+    if not found:
+        remedy = "take it out of modules_to_save, or target other layers"
+        raise BadInput("target_modules", targets, "matches only what is trained whole", remedy)
     shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, layer in found.items():
         problem, remedy = "", "target nn.Linear layers"

@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import KasaLinearVariant
 from torch import nn
 
+from transfuse.adapt._base import batch_share
 from transfuse.core.errors import BadInput
 
 __all__ = ["KasaLinear", "KasaModel", "Record", "Settings", "kasa_delta", "kasa_penalty", "kasa_regularizer"]
@@ -130,15 +131,9 @@ class KasaModel(LoraModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        labels = kwargs.get("labels")
-        if not self.training or labels is None:
+        if not self.training or kwargs.get("labels") is None:
             return output
-        penalty = kasa_regularizer(self)
-        total = kwargs.get("num_items_in_batch")
-        if total is not None:  # the update's loss is spread over several batches: add this one's share
-            shifted = getattr(self.model, "loss_type", None) == "ForCausalLM" and labels.dim() > 1
-            counted = kwargs.get("shift_labels", labels[..., 1:] if shifted else labels)
-            penalty = penalty * (counted != -100).sum() / total
+        penalty = kasa_regularizer(self) * batch_share(self.model, kwargs)
         if isinstance(output, tuple):
             return (output[0] + penalty, *output[1:])
         output["loss"] = output["loss"] + penalty

@@ -15,8 +15,9 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from transfuse.adapt._base import Tuner, linear_targets, new_kind, register
+from transfuse.adapt._base import Tuner, batch_share, linear_targets, new_kind, register
 from transfuse.core.errors import BadInput, NotApplicable
+from transfuse.core.runs import check_positive
 
 __all__ = [
     "FEED_FORWARD",
@@ -92,7 +93,11 @@ def check_types(types: Any, batch: int | None = None) -> torch.Tensor:
     Raises:
         BadInput: another value than 0 and 1, or another number than `batch`.
     """
-    found = torch.as_tensor(types)
+    try:
+        found = torch.as_tensor(types)
+    except (TypeError, ValueError, RuntimeError) as error:
+        remedy = "give 1 (world knowledge) or 0 (another task) for each sample"
+        raise BadInput("task_types", types, "are not a list of zeros and ones", remedy) from error
     if found.dim() != 1 or not bool(((found == 0) | (found == 1)).all()):
         remedy = "give 1 (world knowledge) or 0 (another task) for each sample"
         raise BadInput("task_types", found.tolist(), "are not a list of zeros and ones", remedy)
@@ -219,12 +224,14 @@ class LoraMoeConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = new_kind("loramoe")
-        for name, value, least in (("r", self.r, 1), ("num_experts", self.num_experts, 2)):
-            if value < least:
-                raise BadInput(name, value, f"is below {least}", f"give {least} or more")
+        check_positive(r=self.r, num_experts=self.num_experts)
+        if self.num_experts < 2:
+            raise BadInput("num_experts", self.num_experts, "is below 2", "give 2 or more")
         check_experts(self.num_experts, self.blc_alpha)
-        if not self.blc_weight >= 0:
-            raise BadInput("beta", self.blc_weight, "is negative", "give 0 or more")
+        if not 0 < self.lora_alpha < math.inf:
+            raise BadInput("alpha", self.lora_alpha, "is not positive and finite", "give a positive number")
+        if not 0 <= self.blc_weight < math.inf:
+            raise BadInput("beta", self.blc_weight, "is negative or not finite", "give 0 or more")
         if not 0 <= self.lora_dropout < 1:
             raise BadInput("dropout", self.lora_dropout, "is not in [0, 1)", "give a probability")
 
@@ -301,6 +308,10 @@ class LoraMoeModel(Tuner):
     balance: torch.Tensor | None = None
     _warned = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the latest balance, whose graph belongs to its pass: no copy can be made of it."""
+        return {**self.__dict__, "balance": None}
+
     def _prepare_adapter_config(
         self, peft_config: LoraMoeConfig, model_config: dict[str, Any]
     ) -> LoraMoeConfig:
@@ -358,12 +369,9 @@ class LoraMoeModel(Tuner):
             balance = localized_balancing_loss(mass, kinds, config.blc_alpha)
             total = total.to(balance.device) + config.blc_weight * balance
         self.balance = total
-        labels = kwargs.get("labels")
-        if labels is None:
+        if kwargs.get("labels") is None:
             return output
-        count = kwargs.get("num_items_in_batch")
-        if count is not None:  # the update's loss is spread over several batches: add this one's share
-            total = total * (labels[..., 1:] != -100).sum() / count
+        total = total * batch_share(self.model, kwargs)
         if isinstance(output, tuple):
             return (output[0] + total, *output[1:])
         output["loss"] = output["loss"] + total
@@ -380,7 +388,9 @@ class LoraMoeModel(Tuner):
 
 def check_targets(model: nn.Module, config: LoraMoeConfig) -> None:
     """Raises BadInput or NotApplicable unless the targets are plain linear layers wider than the rank."""
-    for name, layer in linear_targets(model, config.target_modules or FEED_FORWARD).items():
+    for name, layer in linear_targets(
+        model, config.target_modules or FEED_FORWARD, config.modules_to_save
+    ).items():
         smaller = min(layer.weight.shape)
         if config.r >= smaller:
             problem = f"is not below {smaller}, the smaller side of {name}"

@@ -57,6 +57,7 @@ from transformers import PreTrainedModel
 from transfuse.adapt._base import (
     Targets,
     base_again,
+    check_modules,
     fill_adapter,
     read_adapter,
     refuse_adapted,
@@ -154,7 +155,7 @@ def loramoe(
         blc_alpha=delta,
         blc_weight=beta,
         count_padding=count_padding,
-        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        modules_to_save=check_modules(model, modules_to_save),
     )
     check_targets(model, config)
     with seeded(seed):
@@ -254,7 +255,7 @@ def balance(model: Any) -> torch.Tensor:
 def router_report(
     model: PeftModel, batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, dict[int, list[float]]]:
-    """How the routers treat the two types of samples, without dropout.
+    """How the routers of the active adapter treat the two types of samples, without dropout.
 
     Args:
         model: With LoRAMoE adapters.
@@ -264,7 +265,7 @@ def router_report(
         Layer -> type -> the mean weight of each expert over that type's tokens; the weights add up to 1.
 
     Raises:
-        BadInput: a batch without types, or a model without such adapters.
+        BadInput: a batch without types, or a model without such adapters, or with them disabled.
     """
     balance(model)
     layers = {id(m): n for n, m in model.base_model.model.named_modules() if isinstance(m, LoraMoeLinear)}
@@ -277,7 +278,10 @@ def router_report(
                 raise BadInput("batches", sorted(batch), "lack task_types", remedy)
             with watched(inputs.get("attention_mask")) as masses:
                 model(**inputs)
-            for (layer, _), mass in masses.items():
+            own = {layer: mass for (layer, name), mass in masses.items() if name == model.active_adapter}
+            if not own:
+                raise BadInput("model", type(model).__name__, "has its adapters disabled", "enable them")
+            for layer, mass in own.items():
                 types = check_types(batch["task_types"], len(mass)).to(mass.device)
                 for kind in types.unique().tolist():
                     found = sums[layers[layer]]

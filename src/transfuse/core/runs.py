@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import numbers
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,14 +67,18 @@ def check_finite(loss: torch.Tensor, step: int, lr: float | None = None) -> floa
     return value
 
 
-def check_positive(**values: float | None) -> None:
-    """Refuse a count below 1, naming the argument; None passes.
+def check_positive(**values: int | None) -> None:
+    """Refuse a count that is below 1 or no whole number, naming the argument; None passes.
 
     Raises:
         BadInput: one is.
     """
     for name, value in values.items():
-        if value is not None and value < 1:
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise BadInput(name, value, "is not a whole number", "give a positive whole number")
+        if value < 1:
             raise BadInput(name, value, "is below 1", "give a positive number")
 
 
