@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from transfuse.adapt.kasa import (
@@ -303,6 +304,29 @@ def test_a_classifier_trains_its_head(tmp_path):
     assert same(state(restore(model)), before)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_is_trained_whole_is_not_truncated(tmp_path, merged):
+    """A classifier's head, and `modules_to_save` that are targets too."""
+    for targets, saved in (("all-linear", None), (["query", "value"], ["query"])):
+        base = classifier()
+        before, x = state(base), logits(base)
+        model = kasa(base, r=4, target_modules=targets, modules_to_save=saved)
+        now = state(model.base_model.model)
+        kept = "classifier" if saved is None else "bert.encoder.layer.0.attention.self.query"
+        assert torch.equal(now[f"{kept}.original_module.weight"], before[f"{kept}.weight"])
+        data = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(rows())]
+        fit(model, data, lr=1e-2, epochs=1, batch_size=4)
+        expected = logits(model)
+        save(model, tmp_path / "adapter")
+        assert torch.equal(logits(load(classifier(), tmp_path / "adapter")), expected)
+        if merged:
+            model.merge_adapter()
+        back = restore(model)
+        assert same(state(back), before) and torch.equal(logits(back), x)
+    with pytest.raises(BadInput, match="trained whole"):
+        kasa(classifier(), r=2, target_modules=["query"], modules_to_save=["query"])
+
+
 def test_any_module_with_linear_layers(tmp_path):
     with seeded(0):
         base = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 5))
@@ -463,20 +487,43 @@ def test_peft_loads_it(tmp_path, tiny_lm):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-def test_it_loads_pefts(tmp_path, tiny_lm):
-    from peft import KasaConfig, LoraConfig, get_peft_model
-
+def pefts(tiny_lm, folder, **options):
+    """PEFT's own KaSA adapter, saved by PEFT."""
     config = LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], kasa_config=KasaConfig(), task_type="CAUSAL_LM"
+        r=4, target_modules=["q_proj", "v_proj"], kasa_config=KasaConfig(), task_type="CAUSAL_LM", **options
     )
     with seeded(0):
         theirs = get_peft_model(tiny_lm("llama", layers=2), config)
         for name, p in theirs.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p)
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}])
+def test_it_loads_pefts(tmp_path, tiny_lm, options):
+    theirs = pefts(tiny_lm, tmp_path, **options)
     ours = load(tiny_lm("llama", layers=2), tmp_path)
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"v_proj": 2}},
+        {"alpha_pattern": {"v_proj": 2}},
+        {"layers_to_transform": [1]},
+        {"exclude_modules": ["v_proj"]},
+    ],
+)
+def test_load_refuses_what_it_does_not_offer(tmp_path, tiny_lm, options):
+    pefts(tiny_lm, tmp_path, **options)
+    base = tiny_lm("llama", layers=2)
+    before = state(base)
+    with pytest.raises(NotApplicable, match=next(iter(options))):
+        load(base, tmp_path)
+    assert same(before, state(base))
 
 
 def test_load_refuses(tmp_path, tiny_lm):
@@ -517,6 +564,13 @@ def test_load_refuses(tmp_path, tiny_lm):
         ({"beta": -1e-4}, "beta"),
         ({"gamma": -1.0}, "gamma"),
         ({"gamma": math.nan}, "gamma"),
+        ({"beta": math.inf}, "beta"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"r": 2.5}, "r"),
+        ({"truncate_rank": 1.5}, "truncate_rank"),
+        ({"modules_to_save": ["nope"]}, "modules_to_save"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save"),
         ({"reduction": "max"}, "reduction"),
         ({"keep_base": "disk"}, "keep_base"),
         ({"dropout": 1.0}, "dropout"),
@@ -574,3 +628,16 @@ def test_spectral_report(tiny_lm):
     assert before[3].tail_energy == pytest.approx(after[3].tail_energy, rel=1e-4)
     with pytest.raises(BadInput, match="rank"):
         spectral_report(tiny_lm("llama", layers=1), rank=16)
+    with pytest.raises(BadInput, match="dropped nothing"):
+        spectral_report(kasa(tiny_lm("llama", layers=1), r=2, truncate_rank=0))
+
+
+def test_what_needs_an_adapted_model_says_so(tmp_path, tiny_lm):
+    base = tiny_lm("llama", layers=1)
+    lora = get_peft_model(tiny_lm("llama", layers=1), LoraConfig(r=2, target_modules=["q_proj"]))
+    for call in (restore, spectral_report, functools.partial(save, folder=tmp_path)):
+        with pytest.raises(BadInput, match="KaSA"):
+            call(lora)
+    for call in (restore, functools.partial(save, folder=tmp_path)):
+        with pytest.raises(BadInput, match="KaSA"):
+            call(base)

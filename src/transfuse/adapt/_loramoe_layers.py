@@ -15,6 +15,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from transfuse.adapt._arguments import check_number
 from transfuse.adapt._base import Tuner, batch_share, linear_targets, new_kind, register
 from transfuse.core.errors import BadInput, NotApplicable
 from transfuse.core.runs import check_positive
@@ -228,10 +229,8 @@ class LoraMoeConfig(PeftConfig):
         if self.num_experts < 2:
             raise BadInput("num_experts", self.num_experts, "is below 2", "give 2 or more")
         check_experts(self.num_experts, self.blc_alpha)
-        if not 0 < self.lora_alpha < math.inf:
-            raise BadInput("alpha", self.lora_alpha, "is not positive and finite", "give a positive number")
-        if not 0 <= self.blc_weight < math.inf:
-            raise BadInput("beta", self.blc_weight, "is negative or not finite", "give 0 or more")
+        check_number("alpha", self.lora_alpha)
+        check_number("beta", self.blc_weight, zero=True)
         if not 0 <= self.lora_dropout < 1:
             raise BadInput("dropout", self.lora_dropout, "is not in [0, 1)", "give a probability")
 

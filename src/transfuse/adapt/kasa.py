@@ -57,10 +57,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from transfuse.adapt._arguments import check_number
 from transfuse.adapt._base import (
     LayerSpectrum,
     Targets,
     base_again,
+    check_modules,
     fill_adapter,
     layer_spectrum,
     linear_targets,
@@ -80,7 +82,8 @@ from transfuse.adapt._kasa_layers import (
     kasa_penalty,
     kasa_regularizer,
 )
-from transfuse.core.errors import BadInput, IncompatibleModels
+from transfuse.core.errors import BadInput, IncompatibleModels, NotApplicable
+from transfuse.core.runs import check_positive
 from transfuse.core.training import seeded
 
 __all__ = [
@@ -96,6 +99,14 @@ __all__ = [
     "spectral_report",
     "truncate",
 ]
+
+
+OWN = ("task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
+# Of a stored configuration: what is read, and what says nothing about the layers.
+TAKEN = {
+    *OWN, "kasa_config", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode",
+}  # fmt: skip
 
 
 class Truncated(NamedTuple):
@@ -177,23 +188,20 @@ def kasa(
         BadInput: a rank that is not below a target's smaller side, a negative weight, no target by that name.
         NotApplicable: a target that is no plain linear layer, quantised, tied, or on the meta device.
     """
-    for name, value in (("beta", beta), ("gamma", gamma)):
-        if not value >= 0:
-            raise BadInput(name, value, "is negative", "give 0 or more")
+    check_number("alpha", alpha)
+    check_number("beta", beta, zero=True)
+    check_number("gamma", gamma, zero=True)
     if reduction not in ("mean", "sum"):
         raise BadInput("reduction", reduction, "is not known", 'use "mean" or "sum"')
     if keep_base not in ("copy", "none"):
         raise BadInput("keep_base", keep_base, "is not known", 'use "copy" or "none"')
-    if r < 1:
-        raise BadInput("r", r, "is below 1", "give the rank of the update")
+    check_positive(r=r)
+    if truncate_rank is not None and not isinstance(truncate_rank, int):
+        raise BadInput("truncate_rank", truncate_rank, "is not a whole number", "give 0 or more")
     if not 0 <= dropout < 1:
         raise BadInput("dropout", dropout, "is not in [0, 1)", "give a probability")
-    settings = Settings(
-        beta=beta,
-        gamma=gamma,
-        truncate_rank=r if truncate_rank is None else truncate_rank,
-        reduction=reduction,
-    )
+    rank = r if truncate_rank is None else truncate_rank
+    settings = Settings(beta=beta, gamma=gamma, truncate_rank=rank, reduction=reduction)
     refuse_adapted(model)
     config = LoraConfig(
         task_type=task_type(model),
@@ -201,7 +209,7 @@ def kasa(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_names(model, target_modules),
-        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        modules_to_save=check_modules(model, modules_to_save),
         kasa_config=settings,
     )
     return _attach(model, config, settings, keep_base=keep_base, seed=seed)
@@ -217,7 +225,7 @@ def _attach(
     truncated: bool = False,
 ) -> PeftModel:
     """Truncate the targets, unless they are, and wrap the model. Checks come before the first change."""
-    layers = linear_targets(model, config.target_modules)
+    layers = linear_targets(model, config.target_modules, config.modules_to_save)
     for name, layer in layers.items():
         smaller = min(layer.weight.shape)
         for argument, rank in (("r", config.r), ("truncate_rank", settings.truncate_rank)):
@@ -267,12 +275,7 @@ def restore(model: PeftModel) -> Any:
     Raises:
         BadInput: the original weights were not kept, or the model has no KaSA layer.
     """
-    inner = model.base_model.model
-    layers = {name: layer for name, layer in inner.named_modules() if isinstance(layer, KasaLinear)}
-    if not layers:
-        raise BadInput(
-            "model", type(model).__name__, "has no KaSA layer made here", "pass what kasa() returned"
-        )
+    layers = {n: m for n, m in _tuner(model).model.named_modules() if isinstance(m, KasaLinear)}
     originals = {n: layer.record.original for n, layer in layers.items() if layer.record is not None}
     if any(originals.get(name) is None for name in layers):
         remedy = 'load the base model again, or adapt with keep_base="copy"'
@@ -284,12 +287,21 @@ def restore(model: PeftModel) -> Any:
     return base
 
 
+def _tuner(model: Any) -> KasaModel:
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, KasaModel):
+        problem = "has no KaSA layer made here"
+        raise BadInput("model", type(model).__name__, problem, "pass what kasa() returned")
+    return tuner
+
+
 def save(model: PeftModel, folder: str | os.PathLike[str]) -> Path:
     """Write the adapter: PEFT's files, which PEFT loads too, with the hash of the base they belong to.
 
     Raises:
-        BadInput: the folder cannot be written.
+        BadInput: the folder cannot be written, or the model has no KaSA layer.
     """
+    _tuner(model)
     settings = model.peft_config[model.active_adapter].kasa_config
     return write_adapter(
         model,
@@ -321,6 +333,7 @@ def load(
 
     Raises:
         BadInput: no adapter there, or not a KaSA adapter.
+        NotApplicable: one of PEFT's with options that `kasa` does not have (ranks per layer, say).
         CorruptFile: it cannot be read.
         IncompatibleModels: the model's weights are not those the adapter was trained on.
     """
@@ -331,9 +344,13 @@ def load(
         raise BadInput("folder", str(folder), "holds another kind of adapter", "load it with PEFT")
     known = {field.name for field in fields(Settings)}
     settings = Settings(**{"truncate_rank": stored["r"], **{k: v for k, v in own.items() if k in known}})
-    names = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
-    config = LoraConfig(**{name: stored[name] for name in names if name in stored}, kasa_config=settings)
-    layers, truncated = linear_targets(model, config.target_modules), False
+    plain = LoraConfig()
+    for name, value in stored.items():
+        if name not in TAKEN and value and value != getattr(plain, name, value):
+            problem = f"was trained with {name} = {value}, which is not offered"
+            raise NotApplicable("folder", str(folder), problem, "load it with PEFT")
+    config = LoraConfig(**{name: stored[name] for name in OWN if name in stored}, kasa_config=settings)
+    layers, truncated = linear_targets(model, config.target_modules, config.modules_to_save), False
     if settings.base_hash:
         seen = weights_hash(layers, getattr(torch, settings.base_dtype))
         truncated = seen == settings.world_hash != settings.base_hash
@@ -358,9 +375,9 @@ def spectral_report(
         target_modules: For a base model: as in `kasa`.
 
     Raises:
-        BadInput: `rank` is not below a layer's smaller side.
+        BadInput: `rank` is not below a layer's smaller side; the adapted model was not truncated here.
     """
-    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    inner: Any = _tuner(model).model if isinstance(model, PeftModel) else model
     spectra = {
         name: layer.record.singular_values
         for name, layer in inner.named_modules()
@@ -369,6 +386,8 @@ def spectral_report(
     cut = 8
     if isinstance(model, PeftModel):
         cut = model.peft_config[model.active_adapter].kasa_config.truncate_rank
+        if not spectra or (cut == 0 and rank is None):
+            raise BadInput("model", type(model).__name__, "dropped nothing here", "give the base, or a rank")
     else:
         layers = linear_targets(model, target_names(model, target_modules))
         spectra = {
