@@ -343,6 +343,34 @@ def test_folding_writes_a_plain_adapter(tiny_lm, tmp_path, kind, variant):
     assert again.peft_config["default"].r == 2 + 3 + 4
 
 
+def test_disabled_means_the_base_when_merged_too(tiny_lm):
+    """As PEFT's LoRA does it: disabling unmerges."""
+    base = tiny_lm("llama", layers=2)
+    expected = logits(base)
+    model = scalearn(base, sources=[source(base, "lora", seed, 2 + seed) for seed in range(3)])
+    adapted = logits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), adapted)
+
+
+def test_a_safe_merge_refuses_what_is_not_finite(tiny_lm):
+    model = made(tiny_lm, "lora")
+    weights = [layer.base_layer.weight.clone() for layer in layers(model)]
+    layers(model)[0].scalearn_omega["default"].data[:] = math.nan
+    with pytest.raises(BadInput, match="safe_merge"):
+        model.merge_adapter(safe_merge=True)
+    kept = [layer.base_layer.weight for layer in layers(model)]
+    assert all(torch.equal(a, b) for a, b in zip(weights, kept, strict=True))
+
+
+def test_rows_of_several_adapters_are_refused(tiny_lm):
+    for model in (made(tiny_lm), bottleneck(tiny_lm("llama", layers=2), r=2)):
+        with pytest.raises(NotApplicable, match="adapter_names"):
+            model(input_ids=IDS, adapter_names=["default"] * len(IDS))
+
+
 def test_what_cannot_be_merged_or_folded(tiny_lm, tmp_path):
     for options in ({"kind": "bottleneck"}, {"kind": "lora", "variant": "fusion"}):
         model = made(tiny_lm, **options)
@@ -673,6 +701,25 @@ def test_bad_sources(tiny_lm, tmp_path):
         scalearn(base(), sources=[tmp_path / "nan"])
     with pytest.raises(BadInput, match="adapters already"):
         scalearn(made(tiny_lm), sources=[plain])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alora_invocation_tokens": [5]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"trainable_token_indices": [5]},
+        {"bias": "lora_only"},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_sources_that_are_more_than_products(tiny_lm, tmp_path, options):
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options})
+    with seeded(0):
+        get_peft_model(tiny_lm("llama", layers=2), config).save_pretrained(tmp_path)
+    with pytest.raises(NotApplicable, match="sources"):
+        scalearn(tiny_lm("llama", layers=2), sources=[tmp_path])
 
 
 def test_folders_it_cannot_load(tiny_lm, tmp_path):

@@ -206,6 +206,15 @@ class BottleneckModel(Tuner):
 register("bottleneck", BottleneckConfig, BottleneckModel)
 
 
+# What makes a LoRA adapter more than B A beside the base's linear layers.
+VARIANTS = (
+    "use_dora", "lora_bias", "alpha_pattern", "kasa_config", "fan_in_fan_out", "alora_invocation_tokens",
+    "trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora", "arrow_config",
+    "monteclora_config", "velora_config",
+)  # fmt: skip
+NEW_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that change the base's weights
+
+
 @dataclass
 class Source:
     """One adapter read as a source.
@@ -230,11 +239,10 @@ def read_source(folder: Any) -> Source:
     """
     config, tensors = read_adapter(folder)
     kind = str(config.get("peft_type", "")).lower()
-    used = [
-        name
-        for name in ("use_dora", "lora_bias", "alpha_pattern", "kasa_config", "fan_in_fan_out")
-        if config.get(name)
-    ]
+    used = [name for name in VARIANTS if config.get(name)]
+    used += ["bias"] if config.get("bias", "none") != "none" else []
+    start = config.get("init_lora_weights")
+    used += [f"init_lora_weights={start}"] if str(start).lower().startswith(NEW_BASE) else []
     if kind not in ("lora", "bottleneck") or used:
         found = f"is of the kind {kind or 'unknown'}" + (f" with {used[0]}" if used else "")
         raise NotApplicable("sources", str(folder), found, "give plain LoRA or bottleneck adapters")
@@ -243,6 +251,9 @@ def read_source(folder: Any) -> Source:
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         ending = next((end for end in names if key.endswith("." + end)), None)
+        if ending is None and ("lora_" in key or "trainable_tokens" in key):
+            found = f"holds more than factors of linear layers ({key})"
+            raise NotApplicable("sources", str(folder), found, "give plain LoRA or bottleneck adapters")
         if ending is None:
             continue  # a head trained with it
         if not bool(torch.isfinite(tensor).all()):

@@ -253,6 +253,8 @@ class ScaLearnLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output with the combined sources of each active adapter."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         h, out, close = apart(self.base_layer, x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return h
@@ -291,6 +293,9 @@ class ScaLearnLinear(nn.Module, BaseTunerLayer):
             self.eval()
             delta = self.folded(name)[0].to(exact) @ self.scalearn_down[name].to(exact)
             self.train(mode)
+            if safe_merge and not bool(torch.isfinite(delta).all()):
+                self.before_merge.pop()
+                raise BadInput("safe_merge", name, "holds numbers that are not finite", "train it again")
             weight.data = (weight.data.to(exact) + delta.detach()).to(weight.dtype)  # rounded once
             self.merged_adapters.append(name)
 
