@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
@@ -78,7 +79,10 @@ WRONG = {
     "schedule": lambda base: ExSSNet(base, schedule="no"),
     "knn_transfer": lambda base: ExSSNet(base, knn_transfer="no"),
     "mask_epochs": lambda base: ExSSNet(base, mask_epochs=0),
+    "weight_epochs": lambda base: ExSSNet(base, weight_epochs=1.5),
+    "mask_lr": lambda base: ExSSNet(base, mask_lr=math.inf),
     "weight_lr": lambda base: ExSSNet(base, weight_lr=0.0),
+    "head": lambda base: ExSSNet(base, head="1"),
     "neighbours": lambda base: ExSSNet(base, neighbours=0),
     "module": lambda base: ExSSNet(nn.ReLU()),
 }
@@ -117,6 +121,7 @@ def test_signed_constant():
         found = signed_constant(layer.weight)
         assert found.abs().unique().item() == pytest.approx(math.sqrt(2 / 18))  # fan in: 2 x 3 x 3
         wide = signed_constant(nn.Linear(400, 300).weight)
+    assert signed_constant(torch.tensor([[0.5, 0.0]])).tolist() == [[1.0, 0.0]]  # a zero has no sign
     x = torch.randn(200, 400, generator=generator(2))
     assert torch.relu(x @ wide.T).square().mean().item() == pytest.approx(
         1.0, rel=0.1
@@ -216,6 +221,94 @@ def test_convert_refuses():
     layer = SupermaskLinear(3, 2)
     with pytest.raises(UnknownTask, match="task"):
         layer(torch.zeros(1, 3))
+
+
+class Cube(nn.Module):
+    """Its hidden features pass a norm as `[rows, 12, *room]`."""
+
+    def __init__(self, norm, room=()):
+        super().__init__()
+        with seeded(0):
+            self.first, self.norm, self.last = nn.Linear(16, 12), norm, nn.Linear(12, 4)
+        self.room = room
+
+    def forward(self, x):
+        hidden = (
+            self.first(x.flatten(1)).reshape(len(x), 12, *[1] * len(self.room)).expand(-1, -1, *self.room)
+        )
+        return self.last(torch.relu(self.norm(hidden).flatten(2).mean(2) if self.room else self.norm(hidden)))
+
+
+class Renamed(nn.BatchNorm1d):
+    """As many libraries have: a constructor of its own, the same computation."""
+
+    def __init__(self, width):
+        super().__init__(width, affine=False)
+
+
+class Doubled(nn.BatchNorm1d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("norm", "room"),
+    [
+        (nn.BatchNorm1d(12), (3,)), (nn.BatchNorm2d(12), (1, 2)), (nn.BatchNorm3d(12), (1, 2, 1)),
+        (nn.SyncBatchNorm(12), ()), (Renamed(12), ()), (nn.BatchNorm1d(12, track_running_stats=False), ()),
+    ],
+    ids=lambda part: type(part).__name__,
+)  # fmt: skip
+def test_no_running_norm_forgets(norm, room):
+    learner = ExSSNet(Cube(norm, room), **QUICK)
+    assert type(learner.model.norm) is TaskNorm
+    learner.add_task(batches(0), 4)
+    kept = learner.logits(data(9)[0], 0)
+    learner.add_task(batches(1), 4)
+    assert torch.equal(learner.logits(data(9)[0], 0), kept)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.InstanceNorm1d(12, track_running_stats=True), Doubled(12), nn.LazyBatchNorm1d()],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_other_running_statistics_are_refused(norm):
+    network = Cube(norm)
+    before = list(network.modules())
+    with pytest.raises(NotApplicable, match=rf"norm \({type(norm).__name__}\).* running statistics"):
+        ExSSNet(network)
+    assert list(network.modules()) == before
+    with pytest.raises(NotApplicable, match="batch norm"):
+        TaskNorm(nn.InstanceNorm1d(12))
+
+
+def test_a_network_of_masked_layers_by_hand():
+    network = nn.Sequential(nn.Flatten(), SupermaskLinear(16, 12, density=0.5), nn.BatchNorm1d(12))
+    network.append(SupermaskLinear(12, 4, density=0.5))
+    with pytest.raises(NotApplicable, match=r"2 \(BatchNorm1d\)"):
+        ExSSNet(network)
+    network[2] = TaskNorm(network[2])
+    assert ExSSNet(network, **QUICK).add_task(batches(0), 4) == 0
+
+
+def test_layers_in_two_places_are_refused():
+    for part in (nn.Linear(16, 16), nn.BatchNorm1d(16)):
+        network = nn.ModuleDict({"a": part, "b": nn.Sequential(part, nn.Linear(16, 4))})
+        with pytest.raises(NotApplicable, match="two places"):
+            convert_to_supermask(network)
+
+
+def test_statistics_follow_the_network():
+    for move in (True, False):
+        network = fresh() if move else fresh().double()
+        learner = ExSSNet(network, **QUICK)
+        if move:
+            network.double()
+        x, y = data(0)
+        learner.add_task([(x.double(), y)], 4)
+        assert {norm.norms[0].running_mean.dtype for norm in learner.norms} == {torch.float64}
+        assert learner.logits(x.double(), 0).dtype == torch.float64
 
 
 def test_statistics_belong_to_a_task():
@@ -341,6 +434,87 @@ def test_a_failure_leaves_no_trace():
         ExSSNet(learner.model, head="1")
 
 
+def test_tasks_of_another_learner_are_refused(tmp_path):
+    learner = adapt(fresh(), tasks=1)
+    save(learner, tmp_path / "a")
+    other = adapt(fresh(seed=1), tasks=1)
+    before = {name: value.clone() for name, value in other.model.state_dict().items()}
+    for again in (lambda: ExSSNet(other.model, **QUICK), lambda: load(other.model, tmp_path / "a")):
+        with pytest.raises(BadInput, match=r"model = .* holds tasks at 0: 1, not 0"):
+            again()
+    assert all(torch.equal(value, before[name]) for name, value in other.model.state_dict().items())
+    opened = nn.Sequential(nn.Flatten(), SupermaskLinear(16, 4, density=0.5, num_tasks=2))
+    with pytest.raises(BadInput, match=r"model = .* holds tasks at 1: 2, not 0"):
+        ExSSNet(opened)
+    network = convert_to_supermask(fresh(), 0.3)
+    first, second = ExSSNet(network, **QUICK), ExSSNet(network, **QUICK)
+    first.add_task(batches(0), 4)
+    with pytest.raises(BadInput, match=r"model = .* holds tasks at 0: 1, not 0"):
+        second.add_task(batches(0), 4)
+    assert first.add_task(batches(1), 4) == 1
+    assert torch.equal(answers(load(convert_to_supermask(fresh(), 0.3), tmp_path / "a")), answers(learner))
+
+
+@pytest.mark.parametrize("task", [5, -1, "a", None, 1.0, True])
+def test_an_unknown_task_is_a_key_error(tmp_path, task):
+    learner = adapt(fresh())
+    x, file = data(9)[0], tmp_path / "task.safetensors"
+    for ask in (
+        lambda: learner.logits(x, task), lambda: learner.predict(x, task), lambda: learner.masks(task),
+        lambda: learner.export_task(task, file), lambda: learner.accuracy(batches(0), task),
+    ):  # fmt: skip
+        with pytest.raises(UnknownTask, match=r"task = .* is not one of the 2 learnt") as caught:
+            ask()
+        assert isinstance(caught.value, KeyError) and isinstance(caught.value, BadInput)
+    assert not file.exists()
+    with pytest.raises(UnknownTask, match="task"):
+        learner.layers["0"].mask(task)
+
+
+def test_any_integer_names_a_task(tmp_path):
+    learner, x = adapt(fresh()), data(9)[0]
+    for task in (np.int64(1), torch.tensor(1)):
+        assert torch.equal(learner.logits(x, task), learner.logits(x, 1))
+        assert torch.equal(learner.masks(task)["0"], learner.masks(1)["0"])
+        header = read_tensors(learner.export_task(task, tmp_path / "one.safetensors"))[1]
+        assert header["task"] == 1
+
+
+def test_data_that_cannot_be_learnt_from():
+    learner, (x, y) = adapt(fresh(), tasks=1), data(1)
+    once, many = (pair for pair in [(x, y)] * 3), [(x, y)]
+    spent = iter(many)
+    for given, options, argument in (
+        (once, {}, "batches = 'generator' can be gone through only once"),
+        (lambda epoch: spent, {}, "batches.* gives no batch in epoch"),
+        (None, {}, "batches"),
+        ([], {}, "batches"),
+        (many, {"validation": []}, "validation.* gives no batch"),
+        (many, {"validation": iter(many)}, "validation.* only once"),
+        (many, {"num_classes": 2.5}, "num_classes"),
+        ([(x, y.float())], {}, "labels = 'torch.float32'"),
+        ([(x, nn.functional.one_hot(y))], {}, "labels"),
+        ([(x, y == 1)], {}, "labels"),
+    ):
+        with pytest.raises(BadInput, match=argument):
+            learner.add_task(given, **{"num_classes": 4, **options})
+    assert next(once) is not None and learner.classes == [4]
+    with pytest.raises(BadInput, match="gives no batch"):
+        learner.accuracy([], 0)
+    assert learner.add_task([(x, y.int())], np.int64(4)) == 1 and type(learner.classes[1]) is int
+
+
+def test_after_a_failure_the_same_task_answers():
+    learner, x = adapt(fresh(), knn_transfer="best", neighbours=3), data(9)[0]
+    learner.logits(x, 0)
+    stood = learner.evaluated(x)
+    for given in ([], [(x, torch.full((len(x),), 4))], [*[data(1)] * 3, (x, torch.full((len(x),), 4))]):
+        with pytest.raises(BadInput):
+            learner.add_task(given, 4)
+        assert torch.equal(learner.evaluated(x), stood)
+    assert {part.task for part in (*learner.layers.values(), *learner.norms)} == {0}
+
+
 # --- transfer and measures ---------------------------------------------------------------------------------------
 
 
@@ -357,8 +531,9 @@ def test_knn_against_scikit_learn(neighbours):
 def test_knn_refuses():
     with pytest.raises(BadInput, match="features"):
         knn_accuracy(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
-    with pytest.raises(BadInput, match="neighbours"):
-        knn_accuracy(torch.zeros(9, 2), torch.zeros(9, dtype=torch.long), 0)
+    for wrong in (0, 1.5):
+        with pytest.raises(BadInput, match="neighbours"):
+            knn_accuracy(torch.zeros(9, 2), torch.zeros(9, dtype=torch.long), wrong)
 
 
 @pytest.mark.parametrize(

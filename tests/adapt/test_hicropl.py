@@ -74,6 +74,12 @@ def make(base, **options):
     return hicropl(base, tokenizer(), CLASSES, **{"descriptions": TEXTS, **SIZES, **options})
 
 
+@functools.cache
+def made():
+    """For what is refused and changes nothing."""
+    return make(fresh())
+
+
 def adapt(base, seed=0, **options):
     model = make(base, seed=seed, **options)
     labels = torch.arange(12) % 3
@@ -94,6 +100,7 @@ WRONG = {
     "heads": lambda base: make(base, heads=3),
     "flow": lambda base: make(base, flow="up"),
     "class_names": lambda base: make(base, n_ctx=16),
+    "descriptions": lambda base: make(base, descriptions=["it purrs"]),
 }
 
 
@@ -510,6 +517,78 @@ def test_refusals(tmp_path):
     write_tensors(tmp_path / "a" / "prompts.safetensors", tensors, header)
     with pytest.raises(CorruptFile, match="not whole"):
         load(fresh(), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("distill_weight", math.nan), ("distill_weight", math.inf), ("n_ctx", 2.5), ("n_ctx", True),
+        ("depth", 3.0), ("cross_layer", 1.5), ("heads", 0.5), ("descriptions", ["it purrs"]),
+        ("descriptions", "it purrs"), ("descriptions", {**TEXTS, "cat": "it purrs"}),
+        ("descriptions", {**TEXTS, "cat": [1]}), ("descriptions", {**TEXTS, "cat": 1}),
+    ],
+)  # fmt: skip
+def test_arguments_are_checked(argument, value):
+    base = fresh()
+    with pytest.raises(BadInput, match=rf"^{argument}"):
+        make(base, **{argument: value})
+    assert all(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("names", ["cat", ["cat", ""], ["cat", 1]])
+def test_names_are_a_list_of_strings(names):
+    for use in (lambda: hicropl(fresh(), tokenizer(), names, **SIZES), lambda: made().with_classes(names)):
+        with pytest.raises(BadInput, match="class_names"):
+            use()
+
+
+def test_with_classes_refuses_bare_texts():
+    with pytest.raises(BadInput, match=r"descriptions\['fox'\]"):
+        made().with_classes(["fox"], {"fox": "it runs"})
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("lr", math.inf), ("lr", math.nan), ("eps", -1.0), ("eps", math.nan), ("weight_decay", math.inf),
+        ("epochs", 1.5), ("batch_size", 2.5), ("labels", torch.arange(12) % 3 / 1),
+        ("labels", torch.zeros(12, 3, dtype=torch.long)), ("labels", torch.arange(0)),
+    ],
+)  # fmt: skip
+def test_learning_checks_its_arguments(argument, value):
+    model = made()
+    before = state(model.learner)
+    given = {"labels": torch.arange(12) % 3, "epochs": 1, argument: value}
+    with pytest.raises(BadInput, match=argument):
+        model.learn(images(), **given)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model.learner).items())
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(BadInput, match="batch_size"):
+            model.predict(images(), batch_size=wrong)
+
+
+def test_labels_of_any_integer_type():
+    kinds = (torch.int64, torch.int32, torch.uint8)
+    runs = [make(fresh()).learn(images(), (torch.arange(12) % 3).to(kind), epochs=1).losses for kind in kinds]
+    assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_restore_after_several_prompts(tmp_path, last):
+    """Whichever is restored, the encoder is as before the first of them."""
+    base = fresh().train()
+    base.logit_scale.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in base.named_parameters()}
+    models = [make(base), make(base, seed=1)]
+    save(models[0], tmp_path / "a")
+    models.append(load(base, tmp_path / "a"))
+    for _ in range(2):
+        assert restore(models[last]) is base and base.training
+        assert {name: p.requires_grad for name, p in base.named_parameters()} == flags
+    base.text_model.requires_grad_(False)  # what is changed in between counts
+    flags = {name: p.requires_grad for name, p in base.named_parameters()}
+    restore(make(base.eval()))
+    assert {name: p.requires_grad for name, p in base.named_parameters()} == flags and not base.training
 
 
 def test_restore_gives_flags_and_mode_back():

@@ -35,7 +35,9 @@ def check_labels(labels: Tensor, classes: int) -> None:
         BadInput: none at all, another shape than `[rows]`, no integers, or one outside [0, classes).
     """
     if labels.dim() != 1 or len(labels) == 0:
-        raise BadInput("labels", tuple(labels.shape), "is not the shape [rows]", "give a class number per row")
+        raise BadInput(
+            "labels", tuple(labels.shape), "is not the shape [rows]", "give a class number per row"
+        )
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise BadInput("labels", str(labels.dtype), "is no kind of integer", "give class numbers, int64")
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transfuse.core.errors import BadInput
+from transfuse.core.runs import check_positive
 
 __all__ = ["Sources", "average_accuracy", "forgetting", "knn_accuracy", "nearest_tasks", "sparse_overlap"]
 
@@ -32,8 +33,7 @@ def knn_accuracy(features: Tensor, labels: Tensor, neighbours: int = 200) -> flo
     Raises:
         BadInput: fewer than three rows, or k below 1.
     """
-    if neighbours < 1:
-        raise BadInput("neighbours", neighbours, "is below 1", "give a positive number")
+    check_positive(neighbours=neighbours)
     known = int(0.66 * len(features))
     if known < 1 or known == len(features):
         raise BadInput("features", len(features), "are too few rows to split", "give at least three")

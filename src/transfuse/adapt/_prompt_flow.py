@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import BadInput
+from transfuse.core.runs import check_positive
 from transfuse.core.training import generator, seeded
+
+from ._arguments import check_number
 
 __all__ = ["CrossModalPromptLearner", "Flow", "HiCroPLConfig", "KnowledgeMapper", "LayerKnowledgeProxy"]
 
@@ -44,17 +47,14 @@ class HiCroPLConfig:
         Raises:
             BadInput: a field out of range, named.
         """
-        for name in ("n_ctx", "heads"):
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "is below 1", "give a positive number")
+        check_positive(n_ctx=self.n_ctx, heads=self.heads, depth=self.depth, cross_layer=self.cross_layer)
+        check_number("distill_weight", self.distill_weight, zero=True)
         if self.depth > blocks:
             problem = f"is more than the {blocks} blocks of the shallower encoder"
             raise BadInput("depth", self.depth, problem, f"give at most {blocks}")
         if not 1 <= self.cross_layer < self.depth:
             problem = f"is not in [1, {self.depth - 1}], depth being {self.depth}"
             raise BadInput("cross_layer", self.cross_layer, problem, "give a layer between")
-        if self.distill_weight < 0:
-            raise BadInput("distill_weight", self.distill_weight, "is negative", "give 0 or more")
         if self.flow not in ("differentiable", "inplace", "independent"):
             remedy = "use differentiable, inplace or independent"
             raise BadInput("flow", self.flow, "is not known", remedy)

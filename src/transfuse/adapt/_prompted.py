@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,17 @@ __all__ = [
     "TEMPLATE",
     "BaseToNovel",
     "ClassPrompts",
+    "Descriptions",
     "Towers",
     "base_to_novel",
     "class_prompts",
+    "described_by",
     "first_prompt",
 ]
 
 TEMPLATE = "a photo of a {}."
 TEXT, VISION = "text_model", "vision_model"
+Descriptions = Mapping[str, Sequence[str]]
 
 
 class ClassPrompts:
@@ -154,8 +158,12 @@ def class_prompts(towers: Towers, tokenizer: Any, names: Sequence[str], n_ctx: i
     """Ids `[start, n places, name, ".", end, padding]` of each class; underscores in names are read as spaces.
 
     Raises:
-        BadInput: no names, one twice, or one too long for the context (it is named).
+        BadInput: a bare string, no names, an empty one, one twice, or one too long for the context (it is named).
     """
+    if isinstance(names, str):
+        raise BadInput("class_names", names, "is one string", f"give a list, such as [{names!r}]")
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise BadInput("class_names", list(names), "holds what is no name", "give each class a name")
     if not names or len(set(names)) < len(names):
         problem = "holds a name twice" if names else "is empty"
         raise BadInput("class_names", list(names), problem, "give each class its own name")
@@ -172,6 +180,28 @@ def class_prompts(towers: Towers, tokenizer: Any, names: Sequence[str], n_ctx: i
             problem = f"takes {len(rows[-1])} tokens with {n_ctx} of context, more than {towers.context}"
             raise BadInput("class_names", name, problem, "shorten the name or lower n_ctx")
     return ClassPrompts(towers._padded(tokenizer, rows), start)
+
+
+def described_by(names: Sequence[str], descriptions: Descriptions | None) -> dict[str, Sequence[str]]:
+    """Texts per class, by its name or by that with spaces for underscores; the template where there are none.
+
+    Raises:
+        BadInput: no mapping, or a class whose texts are no list of strings.
+    """
+    told = {} if descriptions is None else descriptions
+    if not isinstance(told, Mapping):
+        raise BadInput("descriptions", told, "is no mapping", "give texts by name of class")
+    given = {name: told.get(name) or told.get(name.replace("_", " ")) for name in names}
+    for name, texts in given.items():
+        some = texts or ()
+        listed = isinstance(some, Collection) and all(isinstance(text, str) for text in some)
+        if isinstance(texts, str) or not listed:
+            raise BadInput(f"descriptions[{name!r}]", texts, "is no list of texts", "give a list of strings")
+    missing = [name for name in names if not given[name]]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        warnings.warn(f"no descriptions of {shown}: {TEMPLATE!r} stands for them", stacklevel=3)
+    return {name: given[name] or [TEMPLATE.format(name.replace("_", " "))] for name in names}
 
 
 def first_prompt(towers: Towers, tokenizer: Any, n_ctx: int, text: str = "a photo of a") -> Tensor | None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transfuse.core.errors import BadInput
 from transfuse.core.training import loop
 
+from ._arguments import check_labels
+
 if TYPE_CHECKING:
     from .exssnet import ExSSNet
 
@@ -22,16 +24,41 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 a pair (inputs, labels) or a mapping with `x` and `y`."""
 
 
-def pairs(batches: Batches, number: int) -> Iterator[tuple[Any, Tensor]]:
-    """The pairs of one epoch."""
+def _check_batches(batches: Any, argument: str) -> None:
+    """Refuse what gives its batches only once, or none ever: every epoch goes through them again."""
+    remedy = "give a list, a DataLoader, or a function of the epoch"
+    if isinstance(batches, Iterator):
+        raise BadInput(argument, type(batches).__name__, "can be gone through only once", remedy)
+    if not callable(batches) and not isinstance(batches, Iterable):
+        raise BadInput(argument, batches, "holds no batches", remedy)
+
+
+def pairs(batches: Batches, number: int, argument: str = "batches") -> Iterator[tuple[Any, Tensor]]:
+    """The pairs of one epoch.
+
+    Raises:
+        BadInput: there are none.
+    """
+    empty = True
     for batch in batches(number) if callable(batches) else batches:
+        empty = False
         yield (batch["x"], batch["y"]) if isinstance(batch, Mapping) else (batch[0], batch[1])
+    if empty:
+        remedy = "give at least one, and something that can be gone through again"
+        raise BadInput(argument, type(batches).__name__, f"gives no batch in epoch {number}", remedy)
 
 
 class Phase:
-    """Training of one task with Adam: the last epoch's state, or the best on the validation data."""
+    """Training of one task with Adam: the last epoch's state, or the best on the validation data.
+
+    Raises:
+        BadInput: batches that can be gone through only once.
+    """
 
     def __init__(self, learner: ExSSNet, num_classes: int, batches: Batches, validation: Batches | None):
+        _check_batches(batches, "batches")
+        if validation is not None:
+            _check_batches(validation, "validation")
         self.learner, self.num_classes, self.batches, self.validation = (
             learner, num_classes, batches, validation,
         )  # fmt: skip
@@ -80,14 +107,12 @@ class Phase:
 
     def _loss(self, batch: tuple[Any, Tensor]) -> Tensor:
         x, y = batch
-        if not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
-            problem = f"are not all in [0, {self.num_classes})"
-            raise BadInput("labels", sorted(set(y.tolist())), problem, "number a task's classes from 0")
-        return nn.functional.cross_entropy(self.learner.model(x)[:, : self.num_classes], y)
+        check_labels(y, self.num_classes)
+        return nn.functional.cross_entropy(self.learner.model(x)[:, : self.num_classes], y.long())
 
     def _accuracy(self, batches: Batches) -> float:
         right = total = 0
-        for x, y in pairs(batches, 0):
+        for x, y in pairs(batches, 0, "validation"):
             guesses = self.learner.evaluated(x)[:, : self.num_classes].argmax(-1)
             right, total = right + int((guesses.cpu() == y.cpu()).sum()), total + len(y)
         return right / total

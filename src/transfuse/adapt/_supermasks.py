@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from transfuse.core.errors import BadInput, NotApplicable
-from transfuse.core.training import generator, seeded
+from transfuse.core.training import generator
 
 __all__ = [
+    "LAYERS",
     "MASKED",
+    "NORMS",
     "SupermaskConv1d",
     "SupermaskConv2d",
     "SupermaskLinear",
     "TaskNorm",
     "UnknownTask",
-    "convert_to_supermask",
+    "known_task",
     "signed_constant",
     "supermask",
 ]
@@ -29,6 +33,21 @@ class UnknownTask(BadInput, KeyError):
     """A task that was never learnt."""
 
     __str__ = Exception.__str__  # KeyError shows the representation of its text
+
+
+def known_task(task: Any, count: int) -> int:
+    """`task` as an index.
+
+    Raises:
+        UnknownTask: it is no integer in [0, count).
+    """
+    try:
+        number = -1 if isinstance(task, bool) else operator.index(task)
+    except TypeError:
+        number = -1
+    if not 0 <= number < count:
+        raise UnknownTask("task", task, f"is not one of the {count} learnt", "learn it first")
+    return number
 
 
 def supermask(scores: Tensor, density: float) -> Tensor:
@@ -58,7 +77,10 @@ def supermask(scores: Tensor, density: float) -> Tensor:
 
 
 def signed_constant(weight: Tensor) -> Tensor:
-    """Signs of `weight`, of one size: sqrt(2 / fan in), so that ReLU layers keep the scale of their input."""
+    """Signs of `weight`, of one size: sqrt(2 / fan in), so that ReLU layers keep the scale of their input.
+
+    A weight that is exactly 0 has no sign and stays 0, as in SupSup's code.
+    """
     return weight.sign() * math.sqrt(2.0 / weight[0].numel())
 
 
@@ -102,6 +124,7 @@ class _Supermask(nn.Module):
 
     def mask(self, task: int) -> Tensor:
         """The mask of a task, bool in the shape of the weight."""
+        task = known_task(task, len(self.scores))
         stored = self._buffers.get(f"mask_{task}")
         return supermask(self.scores[task], self.density) if stored is None else stored
 
@@ -118,8 +141,6 @@ class _Supermask(nn.Module):
         Scores that require a gradient get that of the straight-through estimator, sign(S) * dL/d(W m) * W. A weight
         that requires one gets it where `free` is set, and exactly zero elsewhere.
         """
-        if self.task >= len(self.scores):
-            raise UnknownTask("task", self.task, f"is not one of {len(self.scores)}", "add it first")
         mask, scores = self.mask(self.task).to(self.weight.dtype), self.scores[self.task]
         if scores.requires_grad:
             size = scores.abs()
@@ -207,6 +228,8 @@ class SupermaskConv1d(_Supermask, nn.Conv1d):
 
 
 MASKED = (SupermaskLinear, SupermaskConv1d, SupermaskConv2d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class TaskNorm(nn.Module):
@@ -215,19 +238,32 @@ class TaskNorm(nn.Module):
     A closed task's statistics are used in training mode too, and never change.
 
     Args:
-        norm: The batch norm it stands for: its width, momentum and eps.
+        norm: The batch norm it stands for: its width, momentum, eps, device and dtype.
+
+    Raises:
+        NotApplicable: it is none of torch.nn's.
     """
 
-    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d):
+    like: Tensor
+
+    def __init__(self, norm: _BatchNorm):
         super().__init__()
-        self.width, self.momentum, self.eps = norm.num_features, norm.momentum, norm.eps
-        self.kind, self.task, self.closed = type(norm), 0, set[int]()
-        self.device = None if norm.running_mean is None else norm.running_mean.device
+        kind: Any = next((kind for kind in NORMS if isinstance(norm, kind)), None)
+        if kind is None:
+            problem, remedy = "is no batch norm of torch.nn", "give one"
+            raise NotApplicable("norm", type(norm).__name__, problem, remedy)
+        self.kind, self.width, self.task, self.closed = kind, norm.num_features, 0, set[int]()
+        self.options = {"eps": norm.eps, "momentum": norm.momentum, "affine": False}
+        if isinstance(norm, nn.SyncBatchNorm):
+            self.options["process_group"] = norm.process_group
+        given = (tensor for tensor in (norm.running_mean, norm.weight) if tensor is not None)
+        like = next(given, torch.empty(0)).detach()
+        self.register_buffer("like", like.new_empty(0), persistent=False)  # goes where the network goes
         self.norms = nn.ModuleList()
 
     def add_task(self) -> None:
         """Open a task with fresh statistics."""
-        norm = self.kind(self.width, eps=self.eps, momentum=self.momentum, affine=False, device=self.device)
+        norm = self.kind(self.width, **self.options, device=self.like.device, dtype=self.like.dtype)
         self.norms.append(norm.train(self.training))
         self.task = len(self.norms) - 1
 
@@ -243,74 +279,7 @@ class TaskNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise with the present task's statistics."""
-        norm: Any = self.norms[self.task]
+        norm: Any = self.norms[known_task(self.task, len(self.norms))]
         if self.task not in self.closed:
             return norm(input)
-        return F.batch_norm(input, norm.running_mean, norm.running_var, training=False, eps=self.eps)
-
-
-def convert_to_supermask(module: nn.Module, density: float = 0.1) -> nn.Module:
-    """Put masked layers and task-wise batch norms in the place of a network's own, in place.
-
-    Linear layers and convolutions keep the signs of their weights, at one size per layer (`signed_constant`); their
-    biases go, since tasks could not share them. Batch norms lose their affine parameters. All other parameters are
-    frozen.
-
-    Args:
-        module: Any network with `nn.Linear`, `nn.Conv1d` or `nn.Conv2d` layers, the output layer among them.
-        density: Share of each layer's weights in a task's mask.
-
-    Returns:
-        `module`.
-
-    Raises:
-        BadInput: density empties a layer (named), there is no layer to mask, or `module` is converted already.
-        NotApplicable: two layers share a weight.
-    """
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    found = {name: layer for name, layer in module.named_modules() if type(layer) in kinds}
-    if any(isinstance(layer, _Supermask) for layer in module.modules()):
-        raise BadInput("module", type(module).__name__, "is converted already", "pass the plain network")
-    if not found or "" in found:
-        problem = "is itself a layer" if found else "has no linear layer or convolution"
-        raise BadInput("module", type(module).__name__, problem, "pass a network that holds such layers")
-    if len({id(layer.weight) for layer in found.values()}) < len(found):
-        raise NotApplicable(
-            "module", type(module).__name__, "has layers that share a weight", "untie them first"
-        )
-    for name, layer in found.items():
-        try:
-            supermask(layer.weight, density)
-        except BadInput as error:
-            raise BadInput(
-                "density", density, f"{error.problem} at {name or 'the layer'}", error.remedy
-            ) from error
-    for name, layer in module.named_modules():
-        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            found[name] = layer
-    with seeded(
-        0
-    ):  # layers draw initial weights, which are replaced: the caller's random state is left alone
-        made = {name: _converted(layer, density) for name, layer in found.items()}
-    for name, layer in made.items():
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, layer)
-    return module.requires_grad_(False)
-
-
-def _converted(layer: Any, density: float) -> nn.Module:
-    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-        return TaskNorm(layer).train(layer.training)
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    made: Any
-    if isinstance(layer, nn.Linear):
-        made = SupermaskLinear(layer.in_features, layer.out_features, density=density, **like)
-    else:
-        kind = SupermaskConv2d if isinstance(layer, nn.Conv2d) else SupermaskConv1d
-        made = kind(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-            layer.dilation, layer.groups, padding_mode=layer.padding_mode, density=density, **like,
-        )  # fmt: skip
-    with torch.no_grad():
-        made.weight.copy_(signed_constant(layer.weight))
-    return made.train(layer.training)
+        return F.batch_norm(input, norm.running_mean, norm.running_var, training=False, eps=norm.eps)

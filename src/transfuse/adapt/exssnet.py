@@ -21,7 +21,7 @@ earlier mask, on the new task's data, are judged by a nearest-neighbour vote, an
 it beats chance.
 
 Which task an input belongs to must be known when answering. Converting a network (`convert_to_supermask`) drops
-biases, gives all weights of a layer one size, and gives batch norms statistics per task.
+biases, gives all weights of a layer one size (zeros stay), and gives batch norms statistics per task.
 
 Beside the authors' code: scores and weights have learning rates of their own (there the weights' rate serves both);
 averaging scores over several tasks leaves these as they were (there the first is overwritten); earlier tasks'
@@ -52,6 +52,7 @@ from transfuse.core.runs import check_positive, evaluating
 from transfuse.core.taps import capture
 from transfuse.core.training import generator
 
+from ._arguments import check_number
 from ._continual import (
     Sources,
     average_accuracy,
@@ -60,16 +61,16 @@ from ._continual import (
     nearest_tasks,
     sparse_overlap,
 )
+from ._conversion import check_ready, convert_to_supermask, maskable, masked_layers
 from ._subnet_store import load_tasks, save_tasks, write_task
 from ._subnet_training import Batches, Phase, pairs
 from ._supermasks import (
-    MASKED,
     SupermaskConv1d,
     SupermaskConv2d,
     SupermaskLinear,
     TaskNorm,
     UnknownTask,
-    convert_to_supermask,
+    known_task,
     signed_constant,
     supermask,
 )
@@ -116,7 +117,7 @@ class ExSSNet:
 
     Args:
         model: The network; it answers `model(x)` with logits `[batch, most classes of a task]`. Converted in place
-            unless it is already.
+            unless it is already; one whose layers hold tasks is refused.
         density: Share of each layer's weights in a mask; that of a converted network is kept.
         mode: "exclusive" (ExSSNet), "shared" (SSNeT) or "masks_only" (SupSup).
         mask_lr: Adam's learning rate for scores.
@@ -135,7 +136,8 @@ class ExSSNet:
         sources: Per task, the tasks it started from.
 
     Raises:
-        BadInput: an argument out of range, or a network without layers to mask.
+        BadInput: an argument out of range; a network without layers to mask, or with tasks.
+        NotApplicable: a network with shared layers, or running statistics that cannot be kept per task.
     """
 
     def __init__(
@@ -163,19 +165,19 @@ class ExSSNet:
                 raise BadInput(name, value, "is not known", f"use one of {', '.join(map(str, allowed))}")
         check_positive(mask_epochs=mask_epochs, weight_epochs=weight_epochs, neighbours=neighbours)
         for name, rate in (("mask_lr", mask_lr), ("weight_lr", weight_lr)):
-            if not rate > 0:
-                raise BadInput(name, rate, "is not positive", "give a positive learning rate")
-        if not any(isinstance(layer, MASKED) for layer in model.modules()):
-            convert_to_supermask(model, density)
-        masked = [name for name, layer in model.named_modules() if isinstance(layer, MASKED)]
+            check_number(name, rate)
+        masked = maskable(model)
         if head is not None and head not in masked:
             raise BadInput("head", head, "is not a masked layer", f"use one of {', '.join(masked)}")
+        if not masked_layers(model):
+            convert_to_supermask(model, density)
+        check_ready(model, 0)
         self.model, self.mode, self.schedule, self.knn_transfer = model, mode, schedule, knn_transfer
         self.mask_lr, self.weight_lr = mask_lr, weight_lr
         self.mask_epochs, self.weight_epochs = mask_epochs, weight_epochs
         self.neighbours, self.seed = neighbours, seed
         self.head = masked[-1] if head is None else head
-        self.layers = {name: _masked(model.get_submodule(name)) for name in masked}
+        self.layers = masked_layers(model)
         self.density = next(iter(self.layers.values())).density
         self.norms = [layer for layer in model.modules() if isinstance(layer, TaskNorm)]
         self.classes: list[int] = []
@@ -193,10 +195,10 @@ class ExSSNet:
     # --- learning ------------------------------------------------------------------------------------------
 
     def add_task(self, batches: Batches, num_classes: int, *, validation: Batches | None = None) -> int:
-        """Learn a task; the network is as before if that fails.
+        """Learn a task; the network, the task it stands at included, is as before if that fails.
 
         Args:
-            batches: Its data.
+            batches: Its data, which every epoch goes through again.
             num_classes: Its classes, numbered from 0.
             validation: Data that choose the best epoch of each phase; None keeps the last.
 
@@ -204,29 +206,30 @@ class ExSSNet:
             The task's number, from 0.
 
         Raises:
-            BadInput: no batches, labels that are not below `num_classes`, or more classes than outputs.
+            BadInput: no batches, or an iterator that gives them only once; labels that are no integers below
+                `num_classes`; more classes than outputs; tasks in the network that are not this learner's.
             TrainingDiverged: the loss became NaN or infinite.
         """
+        check_positive(num_classes=num_classes)
         if num_classes < 2:
             raise BadInput("num_classes", num_classes, "is below 2", "give the number of classes")
+        fit = Phase(self, num_classes, batches, validation)
+        check_ready(self.model, len(self.classes))
         task, random = len(self.classes), generator(100_003 * self.seed + len(self.classes))
         before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        stood = [part.task for part in self._parts()]
         for layer in self.layers.values():
             layer.add_task(random)
         for norm in self.norms:
             norm.add_task()
         curves: dict[str, list[float]] = {"masks": [], "weights": []}
         try:
-            first = next(iter(pairs(batches, 0)), None)
-            if first is None:
-                raise BadInput("batches", "[]", "hold no batch", "give the task's data")
-            outputs = self.evaluated(first[0]).shape[-1]
+            outputs = self.evaluated(next(pairs(batches, 0))[0]).shape[-1]
             if outputs < num_classes:
                 remedy = "give the network an output for each class of the largest task"
                 raise BadInput("num_classes", num_classes, f"exceeds the {outputs} outputs", remedy)
             sources = self._start(batches, task, num_classes) if self.knn_transfer and task else []
             scores: list[Tensor] = [layer.scores[task] for layer in self.layers.values()]
-            fit = Phase(self, num_classes, batches, validation)
             curves["masks"] = fit(scores, self.mask_lr, self.mask_epochs)
             for layer in self.layers.values():
                 layer.close()
@@ -235,14 +238,14 @@ class ExSSNet:
             for norm in self.norms:
                 norm.close()
         except BaseException:
-            for name, layer in self.layers.items():
-                layer.drop_task()
-                with torch.no_grad():
+            for part, at in zip(self._parts(), stood, strict=True):
+                part.drop_task()
+                part.task = at
+            with torch.no_grad():
+                for name, layer in self.layers.items():
                     layer.weight.copy_(before[name])
-            for norm in self.norms:
-                norm.drop_task()
             raise
-        self.classes.append(num_classes)
+        self.classes.append(int(num_classes))
         self.curves.append(curves)
         self.sources.append(sources)
         return task
@@ -315,8 +318,7 @@ class ExSSNet:
         Raises:
             UnknownTask: (a `KeyError`) there is no such task.
         """
-        if not isinstance(task, int) or not 0 <= task < len(self.classes):
-            raise UnknownTask("task", task, f"is not one of the {len(self.classes)} learnt", "learn it first")
+        task = known_task(task, len(self.classes))
         self._select(task)
         return self.evaluated(x)[:, : self.classes[task]]
 
@@ -329,13 +331,24 @@ class ExSSNet:
         return self.logits(x, task).argmax(-1)
 
     def accuracy(self, batches: Batches, task: int) -> float:
-        """Share of a task's examples that are answered right."""
+        """Share of a task's examples that are answered right.
+
+        Raises:
+            UnknownTask: (a `KeyError`) there is no such task.
+            BadInput: no batches.
+        """
+        task = known_task(task, len(self.classes))
         rows = [(self.predict(x, task).cpu(), y.cpu()) for x, y in pairs(batches, 0)]
         guesses, truth = (torch.cat(column) for column in zip(*rows, strict=True))
         return float((guesses == truth).double().mean())
 
     def masks(self, task: int) -> dict[str, Tensor]:
-        """The masks of a task, by layer."""
+        """The masks of a task, by layer.
+
+        Raises:
+            UnknownTask: (a `KeyError`) there is no such task.
+        """
+        task = known_task(task, len(self.classes))
         return {name: layer.mask(task) for name, layer in self.layers.items()}
 
     def export_task(self, task: int, path: str | Path) -> Path:
@@ -344,13 +357,14 @@ class ExSSNet:
         Raises:
             UnknownTask: (a `KeyError`) there is no such task.
         """
-        if not 0 <= task < len(self.classes):
-            raise UnknownTask("task", task, f"is not one of the {len(self.classes)} learnt", "learn it first")
-        return write_task(self, task, Path(path))
+        return write_task(self, known_task(task, len(self.classes)), Path(path))
 
     def _select(self, task: int) -> None:
-        for part in (*self.layers.values(), *self.norms):
+        for part in self._parts():
             part.task = task
+
+    def _parts(self) -> list[Any]:
+        return [*self.layers.values(), *self.norms]
 
     @torch.no_grad()
     def evaluated(self, x: Any) -> Tensor:
@@ -359,11 +373,6 @@ class ExSSNet:
         with evaluating(self.model):
             found: Tensor = self.model(x.to(device) if isinstance(x, Tensor) else x)
         return found
-
-
-def _masked(layer: nn.Module) -> SupermaskLinear | SupermaskConv1d | SupermaskConv2d:
-    assert isinstance(layer, MASKED)
-    return layer
 
 
 def save(learner: ExSSNet, folder: str | Path) -> Path:
@@ -378,10 +387,10 @@ def save(learner: ExSSNet, folder: str | Path) -> Path:
 
 
 def load(model: nn.Module, folder: str | Path) -> ExSSNet:
-    """Put saved tasks on a network of the same architecture, which may be converted already or not.
+    """Put saved tasks on a network of the same architecture, converted already or not, that has no tasks.
 
     Raises:
-        BadInput: no saved tasks there.
+        BadInput: no saved tasks there, or tasks in the network.
         CorruptFile: a file cannot be read.
         IncompatibleModels: the network is another one.
     """

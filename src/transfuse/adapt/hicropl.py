@@ -35,8 +35,7 @@ layers are drawn apart; there all visual ones start alike.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +52,16 @@ from transfuse.core.models import fingerprint
 from transfuse.core.runs import History, check_positive
 from transfuse.core.training import loop
 
+from ._arguments import check_labels, check_number
 from ._prompt_flow import CrossModalPromptLearner, Flow, HiCroPLConfig, KnowledgeMapper, LayerKnowledgeProxy
 from ._prompted import (
-    TEMPLATE,
     BaseToNovel,
     ClassPrompts,
+    Descriptions,
     Towers,
     base_to_novel,
     class_prompts,
+    described_by,
     first_prompt,
 )
 
@@ -81,9 +82,9 @@ __all__ = [
     "save",
 ]
 
-Descriptions = Mapping[str, Sequence[str]]
 FILE = "prompts.safetensors"
 WARM_UP = 1e-5  # learning rate of the first epoch
+BEFORE = "_before_prompts"  # attribute of an encoder with prompts: what `restore` gives back
 
 
 def hicropl(
@@ -117,7 +118,8 @@ def hicropl(
         seed: Of all initial values.
 
     Raises:
-        BadInput: an argument out of range; a class name that is too long for the context.
+        BadInput: an argument out of range; names or descriptions that are no lists of strings; a class name that is
+            too long for the context.
         NotApplicable: the model is no dual encoder of that kind.
     """
     towers = Towers(model)
@@ -131,7 +133,7 @@ def hicropl(
     )
     config.check(towers.text_width, towers.vision_width, towers.blocks)
     classes = class_prompts(towers, tokenizer, class_names, n_ctx)
-    texts = _described(class_names, descriptions)
+    texts = described_by(class_names, descriptions)
     learner = CrossModalPromptLearner(
         config,
         towers.text_width,
@@ -184,8 +186,7 @@ class PromptedCLIP(nn.Module):
         tokenizer: Any = None,
     ):
         super().__init__()
-        self.wanted = {name for name, p in clip.named_parameters() if p.requires_grad}
-        self.clip_training = clip.training
+        self.wanted, self.clip_training = _before(clip)
         self.clip, self.learner = clip.requires_grad_(False).eval(), learner.to(clip.device)
         self.class_names, self.tokenizer, self.towers = class_names, tokenizer, Towers(clip)
         self.start = classes.start
@@ -225,7 +226,12 @@ class PromptedCLIP(nn.Module):
 
     @torch.no_grad()
     def predict(self, pixel_values: Tensor, batch_size: int = 256) -> Tensor:
-        """Classes, int64 `[rows]`."""
+        """Classes, int64 `[rows]`.
+
+        Raises:
+            BadInput: batch_size is below 1.
+        """
+        check_positive(batch_size=batch_size)
         parts = pixel_values.split(batch_size)
         return torch.cat([self(part).logits.argmax(-1) for part in parts])
 
@@ -264,15 +270,12 @@ class PromptedCLIP(nn.Module):
             BadInput: an argument out of range; labels that are no class.
         """
         check_positive(epochs=epochs, batch_size=batch_size)
-        if not lr > 0:
-            raise BadInput("lr", lr, "is not positive", "give a positive learning rate")
-        if not weight_decay >= 0:
-            raise BadInput("weight_decay", weight_decay, "is negative", "give 0 for none")
-        if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
-            problem = f"are not all in [0, {len(self.class_names)})"
-            raise BadInput("labels", sorted(set(labels.tolist())), problem, "number them as class_names")
+        check_number("lr", lr)
+        check_number("eps", eps, zero=True)
+        check_number("weight_decay", weight_decay, zero=True)
+        check_labels(labels, len(self.class_names))
         optimizer = torch.optim.Adam(self.learner.parameters(), lr=lr, eps=eps, weight_decay=weight_decay)
-        batches = minibatches({"x": pixel_values, "y": labels}, batch_size, seed=seed)
+        batches = minibatches({"x": pixel_values, "y": labels.long()}, batch_size, seed=seed)
 
         def epoch(number: int) -> Any:
             for group in optimizer.param_groups:
@@ -298,25 +301,25 @@ class PromptedCLIP(nn.Module):
         if self.tokenizer is None:
             raise BadInput("tokenizer", None, "is needed for new classes", "pass it to load()")
         classes = class_prompts(self.towers, self.tokenizer, class_names, self.config.n_ctx)
-        frozen = self.towers.described(self.tokenizer, _described(class_names, descriptions))
-        made = PromptedCLIP(self.clip, self.learner, list(class_names), classes, frozen, self.tokenizer)
-        made.wanted, made.clip_training = self.wanted, self.clip_training
-        return made
+        frozen = self.towers.described(self.tokenizer, described_by(class_names, descriptions))
+        return PromptedCLIP(self.clip, self.learner, list(class_names), classes, frozen, self.tokenizer)
 
 
-def _described(names: Sequence[str], descriptions: Descriptions | None) -> dict[str, Sequence[str]]:
-    """Texts per class, by its name or by that with spaces for underscores; the template where there are none."""
-    told = descriptions or {}
-    given = {name: told.get(name) or told.get(name.replace("_", " ")) for name in names}
-    missing = [name for name in names if not given[name]]
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        warnings.warn(f"no descriptions of {shown}: {TEMPLATE!r} stands for them", stacklevel=3)
-    return {name: given[name] or [TEMPLATE.format(name.replace("_", " "))] for name in names}
+def _before(clip: Any) -> tuple[set[str], bool]:
+    """The names of the parameters that required gradients, and the mode, before `clip` got its first prompts."""
+    wanted = {name for name, p in clip.named_parameters() if p.requires_grad}
+    if wanted or not hasattr(clip, BEFORE):  # else it is still as the first prompts left it
+        setattr(clip, BEFORE, (wanted, clip.training))
+    kept: tuple[set[str], bool] = getattr(clip, BEFORE)
+    return kept
 
 
 def restore(model: PromptedCLIP) -> Any:
-    """The dual encoder, with parameters requiring gradients, and its mode, as before `hicropl`."""
+    """The dual encoder, with parameters requiring gradients, and its mode, as before prompts were put on it.
+
+    Where several were (by `hicropl`, `load` or `with_classes`), that is as before the first.
+    """
+    vars(model.clip).pop(BEFORE, None)
     for name, parameter in model.clip.named_parameters():
         parameter.requires_grad_(name in model.wanted)
     return model.clip.train(model.clip_training)
