@@ -184,7 +184,7 @@ def test_mass_leaves_padding_out():
         (torch.ones(2, 4), [1], 0.1, "batch of 2"),
         (torch.ones(2, 4), [1, 2], 0.1, "zeros and ones"),
         (torch.ones(2, 3), [1, 0], 0.1, "odd"),
-        (torch.ones(2, 1), [1, 0], 0.0, "one expert"),
+        (torch.ones(2, 1), [1, 0], 0.0, "below 2"),
         (torch.ones(2, 4), [1, 0], 1.0, "delta"),
     ],
 )

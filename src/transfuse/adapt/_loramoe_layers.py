@@ -94,18 +94,17 @@ def check_types(types: Any, batch: int | None = None) -> torch.Tensor:
     Raises:
         BadInput: another value than 0 and 1, or another number than `batch`.
     """
+    problem = "are not a list of zeros and ones"
+    remedy = "give 1 (world knowledge) or 0 (another task) for each sample"
     try:
         found = torch.as_tensor(types)
     except (TypeError, ValueError, RuntimeError) as error:
-        remedy = "give 1 (world knowledge) or 0 (another task) for each sample"
-        raise BadInput("task_types", types, "are not a list of zeros and ones", remedy) from error
+        raise BadInput("task_types", types, problem, remedy) from error
     if found.dim() != 1 or not bool(((found == 0) | (found == 1)).all()):
-        remedy = "give 1 (world knowledge) or 0 (another task) for each sample"
-        raise BadInput("task_types", found.tolist(), "are not a list of zeros and ones", remedy)
+        raise BadInput("task_types", found.tolist(), problem, remedy)
     if batch is not None and len(found) != batch:
-        raise BadInput(
-            "task_types", len(found), f"types do not match a batch of {batch}", "give one per sample"
-        )
+        problem = f"types do not match a batch of {batch}"
+        raise BadInput("task_types", len(found), problem, "give one per sample")
     return found.long()
 
 
@@ -133,8 +132,6 @@ def localized_balancing_loss(
     """
     mass = route_mass.to(torch.promote_types(route_mass.dtype, torch.float32))
     batch, experts = mass.shape
-    if experts < 2:
-        raise BadInput("route_mass", tuple(mass.shape), "has one expert", "balance two or more")
     check_experts(experts, delta)
     kinds = check_types(types, batch).to(mass.device)
     second = torch.arange(experts, device=mass.device) >= experts // 2
@@ -144,7 +141,9 @@ def localized_balancing_loss(
 
 
 def check_experts(experts: int, delta: float) -> None:
-    """Raises BadInput unless `delta` is in [0, 1), and the experts can be halved where it is not 0."""
+    """Raises BadInput unless there are two or more experts, in halves where `delta`, in [0, 1), is not 0."""
+    if experts < 2:
+        raise BadInput("num_experts", experts, "is below 2", "give 2 or more")
     if not 0 <= delta < 1:
         raise BadInput("delta", delta, "is not in [0, 1)", "give a smaller number, such as 0.1")
     if delta and experts % 2:
@@ -226,8 +225,6 @@ class LoraMoeConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = new_kind("loramoe")
         check_positive(r=self.r, num_experts=self.num_experts)
-        if self.num_experts < 2:
-            raise BadInput("num_experts", self.num_experts, "is below 2", "give 2 or more")
         check_experts(self.num_experts, self.blc_alpha)
         check_number("alpha", self.lora_alpha)
         check_number("beta", self.blc_weight, zero=True)
@@ -356,10 +353,9 @@ class LoraMoeModel(Tuner):
             problem = "recomputes layers when their routers' balance is needed no more"
             raise NotApplicable("gradient_checkpointing", True, problem, "turn it off, or train with beta=0")
         mask = kwargs.get("attention_mask")
-        padded = (
-            isinstance(mask, torch.Tensor) and mask.dim() == 2 and not any(c.count_padding for c in active)
-        )
-        with watched(mask if padded else None) as masses:
+        padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        counted = any(config.count_padding for config in active)
+        with watched(mask if padded and not counted else None) as masses:
             output = super().forward(*args, **kwargs)
         total = next(self.parameters()).new_zeros((), dtype=torch.float32)
         for (_, name), mass in masses.items():
@@ -387,9 +383,8 @@ class LoraMoeModel(Tuner):
 
 def check_targets(model: nn.Module, config: LoraMoeConfig) -> None:
     """Raises BadInput or NotApplicable unless the targets are plain linear layers wider than the rank."""
-    for name, layer in linear_targets(
-        model, config.target_modules or FEED_FORWARD, config.modules_to_save
-    ).items():
+    targets = config.target_modules or FEED_FORWARD
+    for name, layer in linear_targets(model, targets, config.modules_to_save).items():
         smaller = min(layer.weight.shape)
         if config.r >= smaller:
             problem = f"is not below {smaller}, the smaller side of {name}"
