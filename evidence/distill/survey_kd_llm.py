@@ -44,11 +44,15 @@ RULE = {
 }
 SEEDS = {"quick": 3, "full": 3}
 NOTES = (
-    "The learning rate was chosen on seeds 100 and 101, which are not recorded: at 3e-3, half of it, the stored top-16 "
-    "was 2.03% and 1.57% behind whole logits there, at 6e-3 1.80% and 1.41%. topk: 16 of 94 characters (full: 64 of "
-    "49,152 tokens) and one class for the rest, in float16. uld, taught by a model of 256 pieces of words, is reported "
-    "against sft without a rule (quick: first seed only, for time): no gain, its NLL is 0.09 above that of fine-tuning "
-    "alone. In the full tier GKD against JSD on fixed text and all other objectives are reported without a rule, too."
+    "The learning rate was chosen on seeds 100 and 101, which are not recorded: at 3e-3, half of it, the stored "
+    "top-16 was 2.03% and 1.57% behind whole logits there, at 6e-3 1.80% and 1.41%. topk: 16 of 94 characters (full: "
+    "64 of 49,152 tokens) and one class for the rest, in float16. uld, taught by a model of 256 pieces of words, is "
+    "reported against sft without a rule (quick: first seed only, for time): no gain, its NLL is 0.09 above that of "
+    "fine-tuning alone. In the full tier GKD against JSD on fixed text and all other objectives are reported without "
+    "a rule, too. There, on a CPU, every arm makes 30 updates after a warm-up of 30: the students are far from the "
+    "teacher (held-out NLL 5.4 to 6.4, the teacher's is 3.3), and what is compared is the direction they set out in. "
+    "Sampling by so weak a student does not pay yet: GKD is at 6.26 where the same divergence on fixed text is at "
+    "5.96, and its samples are less likely to the teacher (6.26 against 5.73)."
 )
 
 K, FULL_K, RATE = 16, 64, 6e-3
