@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import re
@@ -471,6 +472,44 @@ class TestFamilies:
         }  # fmt: skip
         out = recipe.run(raw, output=tmp_path / "student")
         assert read_lineage(out)["measurements"]["first_loss"] < 0.1  # the student is the teacher
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (
+                {"objective": "jsd", "arguments": {"gamma": 0.5}},
+                r"arguments\.gamma = 0\.5 is not a known field",
+            ),
+            ({"objective": "jsd", "arguments": {"temprature": 2}}, r"did you mean 'temperature'\?"),
+            ({"objective": "jsd", "arguments": {"temperature": "2"}}, r"arguments\.temperature = '2'"),
+            ({"objective": "jds"}, r"objective = 'jds' is unknown; did you mean 'jsd'\?"),
+            ({"arguments": {"gamma": 0.5}}, r"forward-kl takes temperature"),
+        ],
+    )
+    def test_arguments_of_a_named_objective_are_checked(self, tiny_folder, given, message):
+        raw = {"student": str(tiny_folder), "method": {"uses": "survey-kd-llm", "with": given}}
+        with pytest.raises(BadInput, match=message):
+            recipe.check({**raw, "dataset": "wikitext-2/valid.txt"})
+
+    def test_every_standard_objective_takes_its_own_arguments(self):
+        from transfuse.distill._recipes import check_objective, known_arguments
+        from transfuse.distill.survey_kd_llm import OBJECTIVES
+
+        for name, kind in OBJECTIVES.items():
+            known = known_arguments(kind)
+            defaults = {key: inspect.signature(made).parameters[key].default for key, made in known.items()}
+            check_objective({"objective": name, "arguments": defaults}, "with")
+        assert {"beta", "temperature", "ce_weight"} < known_arguments(OBJECTIVES["jsd"]).keys()
+
+    def test_a_store_and_samples_do_not_go_together(self, tmp_path, tiny_folder):
+        texts = tmp_path / "rows.jsonl"
+        texts.write_text('{"prompt": "The mayor of Port Ellery is", "target": "Ines Varro"}\n' * 30)
+        raw = {
+            "student": str(tiny_folder), "teacher": str(tiny_folder), "texts": str(texts), "block": 32,
+            "method": "taid", "stored_top_k": 8, "on_policy": 0.5, "max_steps": 3,
+        }  # fmt: skip
+        with pytest.raises(NotApplicable, match="on_policy"):
+            recipe.run(raw, output=tmp_path / "student")
 
     def test_what_runs_and_what_does_not(self, tmp_path, tiny_folder):
         raw = {"student": str(tiny_folder), "method": "bd-kd", "dataset": "wikitext-2/valid.txt"}

@@ -200,6 +200,9 @@ def _method(value: Any, where: str, base: Path) -> tuple[catalogue.Method, Node]
     arguments = check_arguments(target, given, at(where, "with"), given=_supplied(target), resolve=find)
     hints = hints_of(target)
     arguments = {key: beside(base, value, hints.get(key)) for key, value in arguments.items()}
+    vet = getattr(importlib.import_module(f"transfuse.{method.family}"), "vet", None)
+    if vet is not None:  # what signatures do not tell
+        vet(target, arguments, at(where, "with"))
     return method, Node(target, arguments, where)
 
 
@@ -233,12 +236,8 @@ def find(name: Any, where: str = "uses") -> Any:
         raise BadInput(where, name, "is not in transfuse", "write family.module.Name") from None
     names = getattr(public, "__all__", [])
     if member not in names:
-        raise BadInput(
-            where,
-            name,
-            f"is not public in {module}",
-            suggest(member, names, f"use one of {', '.join(names)}"),
-        )
+        remedy = suggest(member, names, f"use one of {', '.join(names)}")
+        raise BadInput(where, name, f"is not public in {module}", remedy)
     return getattr(public, member)
 
 

@@ -351,6 +351,15 @@ def test_loop_refuses_another_run(tmp_path):
         run_loop(tmp_path / "file")
 
 
+def test_loop_recognises_its_run_by_its_identity(tmp_path):
+    run_loop(tmp_path, identity={"tau": 4.0, "weights": (1.0, 0.1)})
+    _, same = run_loop(tmp_path, identity={"tau": 4.0, "weights": [1.0, 0.1]})
+    assert same.resumed_at == 18
+    for other in ({"tau": 2.0, "weights": [1.0, 0.1]}, None):
+        with pytest.raises(BadInput, match="other arguments"):
+            run_loop(tmp_path, identity=other)
+
+
 def test_loop_names_a_damaged_checkpoint(tmp_path):
     run_loop(tmp_path)
     folder = last_checkpoint(tmp_path)

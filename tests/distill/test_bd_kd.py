@@ -267,6 +267,15 @@ def test_it_resumes_its_trajectory(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    x = minibatches(data(), 16, seed=0)
+    BDKD(*nets(8, 24)).fit(x, output_dir=tmp_path)
+    assert BDKD(*nets(8, 24)).fit(x, output_dir=tmp_path).resumed_at
+    for other in ({"nu": 1.0}, {"temperature": 2.0}, {"rule": "flip"}, {"kd_weight": 0.0}):
+        with pytest.raises(BadInput, match="other arguments"):
+            BDKD(*nets(8, 24), **other).fit(x, output_dir=tmp_path)
+
+
 def test_deep_mutual_learning_is_another_choice_of_objectives():
     student, peer = nets(8, 24)
     x = data(8)

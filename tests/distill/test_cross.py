@@ -223,6 +223,18 @@ def test_nothing_to_align_and_nothing_to_predict():
     assert float(torch.autograd.grad(found, x["student"])[0].abs().sum()) == 0.0
 
 
+def test_an_update_without_a_group_or_a_labelled_token_costs_nothing():
+    labels = torch.full((1, 3), -100)
+    x = {"labels": labels, "groups": labels, "teacher_labels": labels, "teacher_groups": labels}
+    for predicted in (labels, torch.tensor([[-100, 3, 4]])):
+        batch = {**x, "labels": predicted, "groups": torch.full((1, 3), -1)}
+        both = Signal(logits=torch.randn(1, 3, 6, requires_grad=True)), Signal(logits=torch.randn(1, 3, 6))
+        whole = {"items": (predicted != -100).sum(), **ULD().totals(batch)}
+        found = ULD()(*both, {**batch, **whole})
+        assert float(found["kd"]) == 0.0 and bool(torch.isfinite(found["loss"]))
+        assert float(found["ce"]) == 0.0 or bool((predicted != -100).any())
+
+
 def test_an_impossible_token_in_a_group():
     """A factor of zero: the group's distribution is zero, and no slope is NaN."""
     x = inputs(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from conftest import make_tiny
 from distilling import arguments, rows, state
 from transformers import AutoModelForCausalLM
 
-from transfuse.core.errors import BadInput, IncompatibleModels
-from transfuse.distill import Distiller, LogitStore
+from transfuse.core.batches import pad_collator
+from transfuse.core.errors import BadInput, IncompatibleModels, NotApplicable
+from transfuse.distill import Distiller, LogitStore, Objective
 from transfuse.distill._base import Reader, Signal, frozen
 from transfuse.distill.survey_kd_llm import get
 from transfuse.distill.taid import TAID
@@ -68,6 +70,21 @@ def test_micro_batches_do_not_matter(tmp_path):
         assert close(found, ends[0][0])
         assert losses == pytest.approx(ends[0][1], rel=1e-5)
         assert [f["kd"] for f in figures] == pytest.approx([f["kd"] for f in ends[0][2]], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["forward-kl", "cross-entropy", "step-by-step"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_update_without_a_labelled_token_moves_nothing(tmp_path, objective, fused):
+    data = rows(4)
+    data[1]["labels"] = data[2]["labels"] = [-100] * 10
+    data = [{**row, "rationale": [0] * 10} for row in data]
+    chosen = get(objective)
+    chosen.needs_logits = not fused
+    made = trainer(
+        tmp_path, objective=chosen, data=data, settings={"per_device_train_batch_size": 1, "max_steps": 4}
+    )
+    made.train()
+    assert sum(loss == 0.0 for loss in made.losses) == 2 and all(map(math.isfinite, made.losses))
 
 
 def test_padding_on_either_side(tmp_path):
@@ -146,6 +163,95 @@ def test_evaluation_is_cross_entropy_of_the_labels(tmp_path):
     batch = made.data_collator(data)
     right = student(**batch).loss
     assert found == pytest.approx(float(right.detach()), rel=1e-4)
+
+
+class Plain(torch.nn.Module):
+    """A language model that is none of transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(40, 8), torch.nn.Linear(8, 40)
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids))
+
+
+def test_a_plain_modules_tokens_are_evaluated_as_tokens(tmp_path):
+    data, student = rows(4, vocab=40), Plain()
+    made = trainer(
+        tmp_path,
+        student=student,
+        teacher=Plain(),
+        data=data,
+        eval_dataset=data,
+        data_collator=pad_collator(0),
+    )
+    ids = torch.tensor([row["input_ids"] for row in data])
+    expected = torch.nn.functional.cross_entropy(student(ids)[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
+    assert made.evaluate()["eval_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_dense_labels_have_no_cross_entropy(tmp_path):
+    class Dense(Objective):
+        own = False
+
+        def forward(self, student, teacher, batch):
+            return {"loss": (student.whole() - batch["labels"]).square().mean()}
+
+        def evaluation(self, student, batch):
+            return (student.whole() - batch["labels"]).abs().mean() if self.own else None
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    data = [{"x": torch.randn(2), "labels": torch.rand(3)} for _ in range(4)]
+    made = trainer(tmp_path, student=Net(), teacher=Net(), objective=Dense(), data=data, eval_dataset=data)
+    with pytest.raises(NotApplicable, match="classes"):
+        made.evaluate()
+    made.objective.own = True
+    expected = [(made.student(row["x"]) - row["labels"]).abs().mean() for row in data]
+    assert made.evaluate()["eval_loss"] == pytest.approx(float(sum(expected)) / 4, rel=1e-5)
+
+
+def test_averaged_teachers_have_the_same_classes(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, classes)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    data = [{"x": torch.randn(2), "labels": 1} for _ in range(4)]
+    with pytest.raises(IncompatibleModels, match="teacher"):
+        trainer(tmp_path, student=Net(3), teacher=[Net(3), Net(4)], data=data)
+
+
+def test_an_objective_used_before_starts_afresh(tmp_path):
+    """TAID's t in a second run is that of a first one, to the last bit."""
+    objective, runs = TAID(t_start=0.2), []
+    for _ in range(2):
+        made = trainer(tmp_path, objective=objective, settings={"max_steps": 3})
+        assert float(objective.t) == pytest.approx(0.2) and math.isnan(float(objective.previous))
+        made.train()
+        runs.append((made.losses, float(objective.t)))
+    assert runs[0] == runs[1] and runs[0][1] > 0.2
+
+
+def test_an_objective_used_before_resumes_where_its_checkpoint_says(tmp_path):
+    objective = TAID(t_start=0.2)
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    made = trainer(tmp_path, objective=objective, settings=settings)
+    made.train()
+    again = trainer(tmp_path, objective=objective, settings=settings)
+    assert float(objective.t) == pytest.approx(0.2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert float(objective.t) > 0.2 and again.losses == made.losses
 
 
 def test_an_adapter_is_a_student_too(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -37,6 +38,8 @@ def test_replies_are_read():
     assert final_answer("Answer: 1\nno\n**Answer:** 7.") == "7"
     assert final_answer("so #### 42") == "42"
     assert final_answer("seven") is None
+    assert final_answer("Answer: .5") == ".5" and final_answer("Answer: **.5**.") == ".5"
+    assert final_answer("Answer: ...") is None
     for text, verdict in {
         "A": "A", " (B). ": "B", '"tie"': "tie", "A tie": "tie", "Answer B": "B", "The better answer is A.": "A",
         "": None, "Both": None, "A or B": None, "Apples": None,
@@ -47,7 +50,18 @@ def test_replies_are_read():
         "score 3.5": 3.5,
         "5": 5.0,
         "4/5": 4.0,
+        "**Score:** 4": 4.0,
+        "Score: **4**": 4.0,
+        "**3**": 3.0,
+        "Score = 2": 2.0,
+        "Score: 4.": 4.0,
+        "score: 0": 0.0,
         "Score: 12": None,
+        "Score: 5.7": None,
+        "5.7": None,
+        "Score: 10": None,
+        "Score: 4/5": 4.0,
+        "Score: 4/10": None,
         "good": None,
     }.items():
         assert score_in(text) == points, text
@@ -252,6 +266,33 @@ def test_preferences_become_ranked_rows(tiny_tokenizer):
     assert all(ids[-1] == tiny_tokenizer.eos_token_id for ids in spoken)
 
 
+def test_few_demonstrations_are_enough():
+    numbers = itertools.count()
+
+    def write(prompt):
+        if "Here are tasks" not in prompt:
+            return "an answer"
+        shown.append(prompt.split("assistant.")[1].split("Write")[0].count("\n1.") + prompt.count("\n2. "))
+        return "\n".join(f"{i}. " + " ".join(f"w{next(numbers)}" for _ in range(5)) for i in range(1, 4))
+
+    for demonstrations in (1, 2):
+        shown = []
+        found = expand(Scripted(write), ["Name a river in Asia.", "Name a hill."], count=12, own=5,
+                       demonstrations=demonstrations, per_request=3)  # fmt: skip
+        assert len(found) == 12 and max(shown) == demonstrations
+
+
+def test_whole_numbers_are_answers_too():
+    six = [{"prompt": "6*7", "answer": 42}]
+    assert label(Scripted(lambda p: "42"), six)["target"] == ["42"]
+    assert self_train(Scripted(lambda p: "42"), six)["target"] == ["42"]
+    assert self_train(Scripted(lambda p: "0"), [{"prompt": "6-6", "answer": 0}])["target"] == ["0"]
+    assert label(Scripted(lambda p: "42"), [{"prompt": "6*7", "answer": [41, "42"]}])["target"] == ["42"]
+    assert label(Scripted(lambda p: "42"), [{"prompt": "6*7", "answer": []}])["target"] == ["42"]
+    spin = self_train(Scripted(lambda p: "A"), [{"prompt": "q", "target": 4}], kind="spin")
+    assert spin["chosen"] == ["4"]
+
+
 def test_bad_input():
     silent = Scripted([])
     for call, name in (
@@ -262,6 +303,15 @@ def test_bad_input():
         (lambda: label(silent, ["x"], samples=2), "samples"),
         (lambda: expand(silent, ["x"], count=0), "count"),
         (lambda: expand(silent, [], count=1), "seeds"),
+        (lambda: expand(silent, ["x"], count=1, own=-1), "own"),
+        (lambda: expand(silent, ["x"], count=1, rounds=-1), "rounds"),
+        (lambda: curate(silent, topics=["x"], per_cell=0), "per_cell"),
+        (lambda: curate(silent, topics=["x"], per_cell=2, temperature=0), "per_cell"),
+        (lambda: curate(silent, topics=["x"], threshold=-1), "threshold"),
+        (lambda: curate(silent, topics=["x"], threshold=float("nan")), "threshold"),
+        (lambda: label(silent, [{"prompt": "q", "answer": 0.5}]), r"items\[0\]: answer"),
+        (lambda: feedback(silent, [{"prompt": "q", "candidates": "abc"}]), r"items\[0\]: candidates"),
+        (lambda: self_train(silent, [{"prompt": "q", "target": ["x"]}], kind="spin"), r"items\[0\]: target"),
         (lambda: expand(silent, ["x"], count=1, threshold=0.0), "threshold"),
         (lambda: expand(silent, ["x"], count=1, kind="grow"), "kind"),
         (lambda: curate(silent, topics=[]), "topics"),

@@ -347,6 +347,71 @@ def test_it_resumes_its_trajectory(tmp_path):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    def fit(seed=0, **options):
+        run = KD3(net(8, seed=1), net(4, seed=2), pool(seed=seed), floor=0.0, **options)
+        return run.fit(epochs=1, batch_size=8, output_dir=tmp_path)
+
+    fit()
+    assert fit().resumed_at
+    for other in ({"tau": 1.0}, {"rho": None}, {"weights": (1.0, 0.0, 0.0)}, {"seed": 1}):
+        with pytest.raises(BadInput, match="other arguments"):
+            fit(**other)
+
+
+def test_models_and_pool_may_differ_in_dtype():
+    run = made(teacher=net(8, seed=1).bfloat16())
+    assert run.fit(epochs=2, batch_size=8).steps
+    assert {p.dtype for p in run.student.parameters()} == {torch.float32}
+    run = made(student=net(4, seed=2).bfloat16(), augment=lambda x: x.flip(-1))
+    assert run.fit(epochs=2, batch_size=8).steps
+    assert {p.dtype for p in run.student.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_the_student_stays_on_its_device():
+    run = made(student=net(4, seed=2).cuda())
+    run.fit(epochs=2, batch_size=8)
+    assert {p.device.type for p in run.student.parameters()} == {"cuda"} and run.pool.device.type == "cpu"
+
+
+def test_the_pool_moves_nothing_but_itself(monkeypatch):
+    """The student's device is not the pool's to choose: no module is moved in `fit` but what `fit` makes."""
+    moved = []
+    to = nn.Module.to
+    monkeypatch.setattr(nn.Module, "to", lambda self, *a, **k: (moved.append(self), to(self, *a, **k))[1])
+    run = made()
+    run.fit(epochs=1, batch_size=8)
+    assert not any(run.student in module.modules() for module in moved)
+
+
+def test_sure_predictions_are_still_told_apart():
+    z = torch.zeros(20, C)
+    z[:, 0] = torch.linspace(20.0, 30.0, 20)
+    assert select(combined(z, z, 0.0), 0.5).kept.tolist() == [False] * 10 + [True] * 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"teacher_head": "he*"}, "teacher_head"), ({"teacher_head": "late"}, "teacher_head"),
+     ({"student_head": "early.0"}, "student_head"), ({"perturb_at": "head"}, "perturb_at"),
+     ({"weights": (math.inf, 1.0, 1.0)}, "weights"), ({"tau": math.inf}, "tau")],
+)  # fmt: skip
+def test_modules_that_cannot_serve(options, message):
+    with pytest.raises(BadInput, match=message):
+        made(**options)
+
+
+def test_fits_that_cannot_be():
+    with pytest.raises(BadInput, match="batch_size"):
+        made().fit(epochs=1, batch_size=1)
+    for psi in (nn.Linear(4, 5), nn.Linear(3, 8)):
+        with pytest.raises(BadInput, match="projector"):
+            made(projector=psi).fit(epochs=1, batch_size=8)
+    with pytest.raises(BadInput, match="floating"):
+        KD3(net(8), net(4), pool().to(torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("rho", 0.0), ("rho", 1.5), ("tau", 0.0), ("beta", 0.0), ("temperature", -1.0), ("weights", (1.0, 1.0)),

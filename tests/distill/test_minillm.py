@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -305,6 +306,54 @@ def test_samples_are_used_again_by_updates_not_micro_batches():
     assert same[1] == [False, True, False, True, False, False]
 
 
+def test_another_student_or_run_gets_its_own_samples():
+    student, teacher, settings = sampler()
+    other = make_tiny("llama", seed=9, layers=1)
+    policy = Rollouts(teacher, reuse=3, **settings)
+    found = [policy.replace(model, batch_of(), progress=at)["input_ids"]
+             for model, at in ((student, 0.0), (student, 0.5), (other, 0.5), (other, 0.75), (other, 0.0))]  # fmt: skip
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(found)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2])
+@pytest.mark.parametrize("sizes", [(400, 60), (60, 400)])
+def test_truncated_vocabularies_bound_the_samples(tmp_path, alpha, sizes):
+    student, teacher = (make_tiny("llama", seed=2 - i, layers=1, vocab=v) for i, v in enumerate(sizes))
+    policy = Rollouts(teacher, alpha=alpha, max_new_tokens=16)
+    made = Distiller(
+        student=student, teacher=teacher, objective=MiniLLM(), policy=policy, align_vocab="truncate",
+        train_dataset=[{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 8,
+        args=arguments(tmp_path, max_steps=2),
+    )  # fmt: skip
+    made.train()
+    found = policy.sampled(student, made.data_collator([made.train_dataset[i] for i in range(8)]))
+    assert int(found["labels"].max()) < 60
+    with torch.no_grad():
+        log_q = student(input_ids=found["input_ids"]).logits[:, :-1, :60].log_softmax(-1)
+    expected = log_q.gather(-1, found["labels"][:, 1:].clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    keep = found["labels"][:, 1:] != -100
+    assert torch.allclose(found["old_log_probs"][:, 1:][keep], expected[keep], atol=1e-4)
+
+
+def test_shares_are_exact_in_double():
+    x = {name: value for name, value in drawn(0).items() if name != "plain"}
+    x["labels"][:, 0] = -100
+    keep = int((x["labels"] != -100).sum())
+    found = MiniLLM(gamma=0.0)(Signal(logits=x["student"]), Signal(logits=x["teacher"]), x)
+    log_q, log_p = (x[name].log_softmax(-1)[:, :-1] for name in ("student", "teacher"))
+    exact = (log_q.exp() * (log_q - log_p)).sum(-1)[x["labels"][:, 1:] != -100].sum() / keep
+    assert float(found["single"]) == pytest.approx(float(exact), rel=1e-13)
+
+
+def test_plain_text_without_labels_is_learnt_whole():
+    student, teacher, settings = sampler()
+    ids = list(range(3, 23))
+    found = Rollouts(teacher, plain=[{"input_ids": ids}], **settings).replace(
+        student, batch_of(), progress=0.0
+    )
+    assert found["labels"][-1, : len(ids)].tolist() == ids
+
+
 def test_plain_text_is_put_below():
     student, teacher, settings = sampler()
     text = [{"input_ids": list(range(3, 23)), "labels": list(range(3, 23))}]
@@ -429,10 +478,12 @@ def test_micro_batches_and_one_batch_agree():
 
 
 def test_bad_input():
-    for name, given in (("gamma", 1.5), ("clip", -0.1), ("lm_weight", -1.0), ("reward_clip", 0.0)):
+    weights = [("lm_weight", -1.0), ("lm_weight", math.nan), ("kl_weight", math.inf)]
+    for name, given in (("gamma", 1.5), ("clip", -0.1), *weights, ("reward_clip", 0.0)):
         with pytest.raises(BadInput, match=name):
             MiniLLM(**{name: given})
-    for name, given in (("alpha", 1.0), ("reuse", 0), ("plain", []), ("max_new_tokens", 0)):
+    assert Rollouts().alpha == 0.0
+    for name, given in (("alpha", 1.0), ("alpha", 0.5), ("reuse", 0), ("plain", []), ("max_new_tokens", 0)):
         with pytest.raises(BadInput, match=name):
             Rollouts(**{name: given})
     x = drawn(0)

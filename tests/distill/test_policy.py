@@ -8,7 +8,7 @@ from conftest import make_tiny
 from distilling import arguments, rows
 
 from transfuse.core.batches import pad_collator
-from transfuse.core.errors import BadInput
+from transfuse.core.errors import BadInput, NotApplicable
 from transfuse.core.training import seeded
 from transfuse.distill import AdaptivePolicy, Distiller, Policy
 from transfuse.distill._policy import continuations, prompts_of
@@ -47,6 +47,75 @@ def test_continuations_are_the_models_own():
     with seeded(0):
         again = continuations(model, prompts_of(batch(8)), torch.device("cpu"), max_new_tokens=12)
     assert torch.equal(found["input_ids"], again["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 50.0}, {"min_p": 0.99}, {"suppress_tokens": list(range(3, 400))}, {"num_beams": 3},
+     {"typical_p": 0.01}, {"no_repeat_ngram_size": 1}, {"top_k": 1}, {"min_new_tokens": 9}, {"do_sample": False},
+     {"forced_eos_token_id": 5}],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_models_own_generation_settings_do_not_count(settings, adapter):
+    model = make_tiny("llama", seed=2, layers=1)
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    prompts, found = prompts_of(batch(8)), []
+    for given in ({}, settings):
+        for name, value in given.items():
+            setattr(model.generation_config, name, value)
+        before = model.generation_config
+        with seeded(0):
+            found.append(continuations(model, prompts, torch.device("cpu"), max_new_tokens=8)["input_ids"])
+        assert model.generation_config is before
+        assert all(getattr(before, name) == value for name, value in given.items())
+    assert torch.equal(*found)
+
+
+def test_samples_follow_the_students_distribution():
+    model, prompt = make_tiny("llama", seed=2, layers=1, vocab=40), [1, 5, 6, 7]
+    model.generation_config.repetition_penalty = 1.5
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    with seeded(0):
+        found = continuations(model, [prompt] * 20000, torch.device("cpu"), max_new_tokens=1)
+    drawn = torch.bincount(found["labels"][:, len(prompt)], minlength=40) / 20000
+    assert float((drawn - expected).abs().sum()) / 2 < 0.02
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher", "adaptive"])
+def test_truncated_vocabularies_bound_what_is_written(tmp_path, kind):
+    """What is drawn has a meaning to the narrower model."""
+    data = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 8
+    sizes = (60, 400) if kind == "teacher" else (400, 60)
+    models = [make_tiny("llama", seed=2 - i, layers=1, vocab=size) for i, size in enumerate(sizes)]
+    policy = {
+        "student": Policy(fraction=1.0, max_new_tokens=16),
+        "teacher": Policy(fraction=0.0, seq_kd=True, max_new_tokens=16),
+        "adaptive": AdaptivePolicy(max_new_tokens=16),
+    }[kind]
+    made = Distiller(student=models[0], teacher=models[1], objective="jsd", policy=policy, align_vocab="truncate",
+                     train_dataset=data, args=arguments(tmp_path, max_steps=2))  # fmt: skip
+    if kind == "adaptive":
+        policy.phi.fill_(1.0)
+    made.train()
+    assert policy.vocabulary == 60
+    written = policy.replace(models[0], batch(4) if kind != "teacher" else batch(2), progress=0.0)
+    assert int(written["labels"].max()) < 60
+    again = make_tiny("llama", seed=1, layers=1)
+    Distiller(student=make_tiny("llama", seed=2, layers=1), teacher=again, objective="jsd", policy=policy,
+              train_dataset=rows(8), args=arguments(tmp_path))  # fmt: skip
+    assert policy.vocabulary is None
+
+
+def test_sampling_leaves_every_submodules_mode(tmp_path):
+    model = make_tiny("llama", seed=2, layers=1).train()
+    model.model.layers[0].eval()
+    Policy(fraction=1.0, max_new_tokens=2).replace(model, batch(), progress=0.0)
+    assert model.training and not model.model.layers[0].training
 
 
 def test_the_share_of_batches():
@@ -146,6 +215,50 @@ def test_the_teacher_writes_the_other_batches():
         )
 
 
+def test_a_policy_used_before_starts_afresh(tmp_path):
+    policy = AdaptivePolicy(max_new_tokens=2)
+    for _ in range(2):
+        made = Distiller(
+            student=make_tiny("llama", seed=2, layers=1), teacher=make_tiny("llama", seed=1, layers=1),
+            objective="jsd", policy=policy, train_dataset=rows(8), eval_dataset=rows(4),
+            args=arguments(tmp_path, max_steps=2),
+        )  # fmt: skip
+        assert float(policy.phi) == 0.0 and float(policy.best) == torch.inf and not policy.stored
+        made.evaluate()
+        made.evaluate()  # no better
+        assert float(policy.phi) == pytest.approx(0.1)
+        policy.phi.fill_(1.0)
+        made.train()
+        assert policy.stored
+
+
+def test_the_mean_of_several_evaluations_counts(tmp_path):
+    policy = AdaptivePolicy(max_new_tokens=2)
+    made = Distiller(
+        student=make_tiny("llama", seed=2, layers=1), teacher=make_tiny("llama", seed=1, layers=1),
+        objective="jsd", policy=policy, train_dataset=rows(8), args=arguments(tmp_path),
+        eval_dataset={"a": rows(4), "b": rows(4, seed=1)},
+    )  # fmt: skip
+    found = made.evaluate()
+    assert float(policy.best) == pytest.approx((found["eval_a_loss"] + found["eval_b_loss"]) / 2)
+    made.evaluate()
+    assert float(policy.phi) == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_nan_is_no_better():
+    policy = AdaptivePolicy()
+    for loss in (2.0, float("nan"), 3.0, 1.0):
+        policy.on_evaluate(loss)
+    assert float(policy.phi) == pytest.approx(0.2) and float(policy.best) == 1.0
+
+
+def test_a_student_that_does_not_write_is_refused(tmp_path):
+    net = torch.nn.Linear(4, 3)
+    with pytest.raises(NotApplicable, match="policy"):
+        Distiller(student=net, teacher=torch.nn.Linear(4, 3), objective="forward-kl", policy=Policy(),
+                  train_dataset=[{"input": torch.zeros(4), "labels": 1}], args=arguments(tmp_path))  # fmt: skip
+
+
 def test_on_policy_training(tmp_path):
     """Gradients do not pass the sampling; the number of tokens is that of the samples."""
     student, teacher = make_tiny("llama", seed=2, layers=1), make_tiny("llama", seed=1, layers=2)
@@ -161,10 +274,15 @@ def test_on_policy_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("fraction", 1.5), ("fraction", -0.1), ("max_new_tokens", 0), ("temperature", 0.0)]
-)
+    ("name", "value"),
+    [("fraction", 1.5), ("fraction", -0.1), ("max_new_tokens", 0), ("max_new_tokens", 2.5), ("temperature", 0.0),
+     ("temperature", float("inf")), ("prompt_tokens", 0), ("prompt_tokens", -3)],
+)  # fmt: skip
 def test_bad_input(name, value):
     with pytest.raises(BadInput, match=name):
         Policy(**{name: value})
     with pytest.raises(BadInput, match="buffer"):
         AdaptivePolicy(buffer=0)
+    for increase in (-0.1, 1.5, float("nan")):
+        with pytest.raises(BadInput, match="increase"):
+            AdaptivePolicy(increase=increase)

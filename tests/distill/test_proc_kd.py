@@ -439,6 +439,9 @@ def test_misfits_are_refused(tmp_path):
     wide.layer2[0], wide.layer3[0] = nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 4, 3, 2, 1)
     with pytest.raises(IncompatibleModels, match="head"):
         trainer(tmp_path, student=wide, given={"student_layer": "layer2"}).train()
+    wide.head = nn.Sequential(nn.Dropout(0.1), wide.head)
+    with pytest.raises(IncompatibleModels, match="head"):
+        trainer(tmp_path, student=wide, given={"student_layer": "layer2"}).train()
     x = inputs(0)
     with pytest.raises(NotApplicable, match="classifier"):
         ProCKD(student_layer="s").setup(Signal(logits=torch.zeros(1, 2, 3), taps=signals(x)[0].taps), None, x)

@@ -210,6 +210,12 @@ def test_ties_and_other_prompts_do_not_count():
         assert float(torch.autograd.grad(loss, values, retain_graph=True)[0].abs().sum()) == 0.0
 
 
+def test_pro_ranks_ties_as_they_are_written():
+    values = torch.zeros(3, requires_grad=True)
+    pro_loss(values, torch.ones(3), torch.zeros(3, dtype=torch.long)).backward()
+    assert values.grad.tolist() == pytest.approx([-2 / 3, 1 / 3 - 1 / 2, 1 / 3 + 1 / 2])
+
+
 def test_rrhf_sums_or_averages_the_best_answer():
     x = ranked(3)
     _, sums = means(x)

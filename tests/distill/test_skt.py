@@ -288,6 +288,34 @@ def test_the_lifting_layers_learn_and_stay_behind(tmp_path):
     assert not any(module._forward_hooks for net in (teacher, student) for module in net.modules())
 
 
+def test_evaluation_is_the_densitys_own(tmp_path):
+    made, _, student = trainer(tmp_path)
+    rows = data(4)
+    errors = [(student(row["pixel_values"][None]) - row["labels"]).square().sum() for row in rows]
+    assert made.evaluate(rows)["eval_loss"] == pytest.approx(float(sum(errors)) / 4, rel=1e-5)
+
+
+def test_an_objective_used_before_makes_new_lifting_layers(tmp_path):
+    made, teacher, _ = trainer(tmp_path)
+    first = [layer.weight for layer in made.objective.lifts]
+    for ratio in (4, 2):
+        again = Distiller(student=slim(teacher, ratio), teacher=teacher, objective=made.objective,
+                          train_dataset=data(), args=arguments(tmp_path, max_steps=1))  # fmt: skip
+        again.train()
+        assert all(new.weight is not old for new, old in zip(again.objective.lifts, first, strict=True))
+
+
+def test_rows_and_teachers_that_do_not_serve(tmp_path):
+    made, teacher, student = trainer(tmp_path)
+    given = {"student": student, "objective": made.objective, "args": arguments(tmp_path)}
+    with pytest.raises(NotApplicable, match="several teachers"):
+        Distiller(teacher=[teacher, slim(teacher, 1)], train_dataset=data(), **given)
+    with pytest.raises(BadInput, match="labels"):
+        bare = [{"pixel_values": row["pixel_values"]} for row in data()]
+        Distiller(teacher=teacher, train_dataset=bare, **given)
+    assert DensityCounter(student).predict([]).shape == (0,)
+
+
 def test_a_weight_of_zero_drops_its_term():
     x = raw_inputs(False)(1)
     found = objective(lambda_intra=0.0, lambda_inter=0.0)(*signals(x), x)

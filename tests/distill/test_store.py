@@ -10,8 +10,8 @@ import torch
 from conftest import make_tiny
 from distilling import arguments, rows
 
-from transfuse.core.errors import BadInput, CorruptFile
-from transfuse.distill import Distiller, LogitStore, Signal
+from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
+from transfuse.distill import Distiller, LogitStore, Policy, Signal
 from transfuse.distill.survey_kd_llm import get
 
 TEACHER = {"seed": 1, "layers": 2}
@@ -142,6 +142,29 @@ def test_bytes_per_token(tmp_path):
     long = rows(40, length=120)
     found = LogitStore.capture(make_tiny("llama", **TEACHER), long, tmp_path / "s", k=64)
     assert 256 <= found.bytes_per_token < 262
+
+
+def test_a_store_of_other_rows_is_told(tmp_path, store):
+    def made(rows, source=store, **options):
+        return Distiller(student=make_tiny("llama", seed=2, layers=1), teacher=source, objective="forward-kl",
+                         train_dataset=rows, args=arguments(tmp_path), **options)  # fmt: skip
+
+    other = rows(10, seed=7)
+    for wrong in (data()[::-1], [*data()[:9], other[9]]):
+        with pytest.raises(BadInput, match="other rows, or of another order"):
+            made(wrong)
+    from datasets import Dataset
+
+    columns = {name: [row[name] for row in data()] for name in ("input_ids", "labels")}
+    made(Dataset.from_dict(columns))
+    made(Dataset.from_dict(columns).add_column("note", ["x"] * 10))  # another fingerprint, the same rows
+    index = tmp_path / "s" / "index.json"
+    older = {key: value for key, value in json.loads(index.read_text()).items() if key != "ids"}
+    index.write_text(json.dumps(older))
+    made(data()[::-1], LogitStore(tmp_path / "s"))
+    LogitStore.capture(make_tiny("llama", **TEACHER), data(), tmp_path / "s", k=16, shard_rows=4)
+    with pytest.raises(NotApplicable, match="policy"):
+        made(data(), policy=Policy())
 
 
 def test_what_is_refused(tmp_path, store):

@@ -269,7 +269,13 @@ def test_unknown_objectives_and_arguments():
     with pytest.raises(BadInput, match="forward-kl"):
         get("foward-kl")
     for name, given in (("jsd", {"beta": 1.5}), ("skew-kl", {"alpha": 0.0}), ("adaptive-kl", {"mu": 1.0}),
-                            ("forward-kl", {"temperature": 0.0})):  # fmt: skip
+                            ("forward-kl", {"temperature": 0.0}), ("forward-kl", {"temperature": math.inf}),
+                            ("jsd", {"kd_weight": math.nan}), ("jsd", {"kd_weight": math.inf}),
+                            ("dkd", {"alpha": -1.0}), ("dkd", {"alpha": math.nan}), ("uld", {"kd_weight": math.nan}),
+                            ("uld", {"temperature": math.inf}), ("hidden-states", {"kd_weight": math.nan}),
+                            ("contrastive", {"temperature": math.inf}), ("dpo", {"beta": math.inf}),
+                            ("pro", {"sft_weight": math.nan}), ("attention-relation", {"weights": (1, 1, math.nan)}),
+                            ("minillm", {"kl_weight": math.nan})):  # fmt: skip
         with pytest.raises(BadInput, match=next(iter(given))):
             get(name, **given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
@@ -312,8 +313,8 @@ def test_it_learns_whom_to_trust():
 
 
 def test_the_order_of_updates():
-    order = Turns(5, 2)
-    items = list(order.items([10, 11, 12, 13, 14], ["a", "b"]))
+    order = Turns(5, 2, held=2)
+    items = list(order.items([10, 11, 12, 13, 14], lambda number: ["a", "b"], 0))
     assert [(item["batch"], item.get("held")) for item in items] == [
         (10, "a"), (10, None), (11, None), (12, "b"), (12, None), (13, None), (14, "a"), (14, None)
     ]  # fmt: skip
@@ -326,7 +327,89 @@ def test_the_order_of_updates():
     )
     assert seen == list(enumerate(history.losses, 1)) and history.steps == len(made.figures) == 8
     with pytest.raises(BadInput, match="train"):
-        list(order.items([1, 2], ["a"]))
+        list(order.items([1, 2], lambda number: ["a", "b"], 0))
+    with pytest.raises(BadInput, match="validation"):
+        list(order.items([1, 2, 3, 4, 5], lambda number: ["a"], 0))
+
+
+def test_validation_goes_on_over_the_epochs(tmp_path):
+    """All of it is used, a pass over several epochs is one order, and a resumed run sees the same batches."""
+    order = Turns(2, 1, held=3)
+    passes = [["a", "b", "c"], ["d", "e", "f"]]
+    held = [x["held"] for e in range(3) for x in order.items([1, 2], passes.__getitem__, e) if "held" in x]
+    assert held == ["a", "b", "c", "d", "e", "f"]
+
+    class Stop(Exception):
+        pass
+
+    def fit(stop=None, **options):
+        made, seen = method(student=net(1, drop=0.3)), []
+        outer_step = made.outer_step
+        made.outer_step = lambda x, held: (
+            seen.append(float(held["pixel_values"][0, 0])), outer_step(x, held)
+        )[1]  # fmt: skip
+
+        def told(number, loss):
+            if number == stop:
+                raise Stop
+
+        loader = torch.utils.data.DataLoader(
+            [dict(zip(data(40, 5), row, strict=True)) for row in zip(*data(40, 5).values(), strict=True)],
+            batch_size=5, shuffle=True,
+        )  # fmt: skip
+        train = batches(), loader
+        losses = None
+        with contextlib.suppress(Stop):
+            losses = made.fit(*train, epochs=4, on_step=told, **options).losses
+        return losses, seen
+
+    losses, seen = fit()
+    assert len(seen) == 16 and len({*seen[:8]}) == len({*seen[8:]}) == 8
+    fit(stop=7, output_dir=tmp_path, save_every=5)
+    again, rest = fit(output_dir=tmp_path, save_every=5)
+    assert again == losses and rest == seen[-len(rest) :]
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    def fit(data_seed=0, **options):
+        return method(**options).fit(batches(seed=data_seed), batches(32, seed=5), output_dir=tmp_path)
+
+    fit()
+    assert fit().resumed_at
+    for other in ({"temperature": 3.0}, {"inner_lr": 0.5}, {"unroll": "difference"}, {"data_seed": 1}):
+        with pytest.raises(BadInput, match="other arguments"):
+            fit(**other)
+
+
+@pytest.mark.parametrize("frozen_part", [False, True])
+def test_a_difference_in_half_precision(frozen_part):
+    """The shifted students are computed in float32: as near to the exact slope as a float32 student's."""
+    with seeded(0):
+        deep = [nn.Linear(6, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, C)]
+    wide = nn.Sequential(*deep)
+    if frozen_part:
+        wide[0].requires_grad_(False)
+
+    class Reads(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, pixel_values):
+            return self.inner(pixel_values)
+
+    made, found = weighting().float(), []
+    for kind, exact in ((torch.float32, True), (torch.bfloat16, False)):
+        x, held = (
+            {**each, "pixel_values": each["pixel_values"].to(kind)} for each in (data(32), data(32, 4))
+        )
+        said = 2 * torch.randn(32, C, generator=rng(1))
+        _, slopes = mixing_slopes(
+            Reads(copy.deepcopy(wide).to(kind)), made, x, said, held, inner_lr=0.1, exact=exact,
+            terms=lambda z, said=said, x=x: both_terms(z, said, x["labels"], 2.0),
+        )  # fmt: skip
+        found.append(torch.cat([slope.flatten() for slope in slopes]))
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
@@ -443,6 +526,7 @@ def test_padding_does_not_hide_a_shared_row():
     ("name", "value"),
     [
         ("temperature", 0.0), ("inner_lr", -1.0), ("outer_every", 0), ("mixing_lr", -0.1), ("unroll", "two"),
+        ("outer_every", 1.5), ("temperature", math.inf), ("num_classes", 2.5),
         ("features", "angles"), ("hidden", (0,)), ("mixing_weight_decay", math.nan), ("num_classes", 1),
     ],
 )  # fmt: skip
@@ -463,6 +547,16 @@ def test_what_cannot_be_trained():
         method().fit(iter([x]), [x])
     with pytest.raises(BadInput, match="labels that are not classes"):
         method().fit([{**x, "labels": x["labels"] + 1}], [data(8, 3)])
+    with pytest.raises(BadInput, match=r"validation = .* labels that are not classes"):
+        method().fit([x], [{**data(8, 3), "labels": torch.full((8,), -1)}])
+    with pytest.raises(BadInput, match="labels that are not classes"):
+        method().fit([{**x, "labels": x["labels"].float()}], [data(8, 3)])
+    with pytest.raises(BadInput, match="optimizer"):
+        method().fit([x], [data(8, 3)], optimizer=torch.optim.SGD(net(3).parameters(), lr=0.1))
+    wide = net(0)
+    wide.last = nn.Linear(8, C + 1)
+    with pytest.raises(IncompatibleModels, match="student"):
+        method(student=wide).fit([x], [data(8, 3)])
     with pytest.raises(BadInput, match="teacher"):
         TGeoKD(student, student, num_classes=C)
     with pytest.raises(NotApplicable, match="student"):

@@ -322,6 +322,45 @@ def test_layers_can_be_left_alone():
         fake_quant(small(), bits=2, skip=["heads"])
 
 
+def test_a_tied_matrix_is_left_alone_at_both_ends():
+    model = make_tiny("gpt2", layers=1)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    before, ids = state(model), torch.randint(0, 400, (2, 6), generator=generator(0))
+    fake_quant(model, bits=2, skip=["lm_head"])
+    through = model(ids).logits
+    assert torch.allclose(bake(model)(ids).logits, through, atol=1e-4)
+    assert torch.equal(model.lm_head.weight, before["lm_head.weight"])
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_what_is_inside_a_skipped_module_is_left_alone():
+    model = fake_quant(nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Linear(4, 2)), bits=2, skip=["0"])
+    assert [name for name, _ in model.named_parameters() if "original" in name] == [
+        "1.parametrizations.weight.original"
+    ]
+
+
+def test_scales_belong_to_output_channels():
+    """One output channel a hundred times the others, which do not lose their codes to it."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = [Conv1D(5, 3), nn.ConvTranspose2d(4, 6, 2), nn.ConvTranspose1d(4, 6, 3, groups=2)]
+    for layer in layers:
+        with torch.no_grad():
+            layer.weight.normal_(generator=generator(3))[:, 0] *= 100
+        weight, groups = layer.weight.detach().clone(), getattr(layer, "groups", 1)
+        rounded = fake_quant(nn.Sequential(layer), bits=3)[0].weight
+        per = len(weight) // groups
+        for g in range(groups):
+            for j in range(weight.shape[1]):
+                own = weight[g * per : (g + 1) * per, j]
+                expected = quantize(own.reshape(1, -1), bits=3).view_as(own)
+                assert torch.allclose(rounded[g * per : (g + 1) * per, j], expected)
+    model = make_tiny("gpt2", layers=1)
+    fake_quant(model, bits=4)
+    assert parametrize.is_parametrized(model.transformer.h[0].mlp.c_fc)
+
+
 def test_activations_are_rounded_in_copies_too():
     layer = nn.Sequential(nn.Linear(6, 4), nn.Conv2d(3, 2, 1))
     fake_quant(layer, bits=8, activations=4)
@@ -434,6 +473,8 @@ def test_a_power_law_is_fitted():
     row = next(r for r in found.rows if r["bits"] == 8 and r["model"] == 1)
     assert (row["parameters"], row["total_bits"], row["compute_bits"]) == (64, 512, 2 * 64 * 8 * 16)  # W8A16
     assert all(not parametrize.is_parametrized(model[0]) for model in models)
+    with pytest.raises(BadInput, match="models = 1"):
+        bit_scaling(models[:1], [4, 8], metric).best(1000.0)
     sizes = [r["total_bits"] for r in found.envelope()]
     values = [r["metric"] for r in found.envelope()]
     assert (

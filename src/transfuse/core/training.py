@@ -154,6 +154,7 @@ def loop(
     save_every: int | None = None,
     resume: bool = True,
     on_step: Callable[[int, float], None] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> History:
     """Train with a `step` closure: adversarial, bilevel, mutual learning, whatever does not fit a Trainer.
 
@@ -179,9 +180,11 @@ def loop(
         save_every: Updates between checkpoints; None writes one at the end only.
         resume: Go on from a checkpoint in `output_dir`; False removes it and starts over.
         on_step: Called after each update with the number made and its loss.
+        identity: JSON-able facts stored with each checkpoint, by which a later call recognises its own run: what
+            decides the result and is in no other argument, such as the settings behind `step` and the data.
 
     Raises:
-        BadInput: an argument out of range; a checkpoint of a run with other arguments.
+        BadInput: an argument out of range; a checkpoint of a run with other arguments or another identity.
         TrainingDiverged: a loss or gradient became NaN or infinite. No update is made with it and the run's
             checkpoints are removed.
     """
@@ -190,8 +193,8 @@ def loop(
 
     check_positive(epochs=epochs, accumulation=accumulation, save_every=save_every)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    identity = {"loop": [epochs, accumulation, clip, seed, type(optimizer).__name__, groups]}
-    folder, last = open_run(output_dir, identity, resume)
+    known = {"loop": [epochs, accumulation, clip, seed, type(optimizer).__name__, groups], **(identity or {})}
+    folder, last = open_run(output_dir, known, resume)
     accelerator = Accelerator()
     world, rank = accelerator.num_processes, accelerator.process_index
     rule = accelerator.prepare(optimizer)
@@ -209,7 +212,7 @@ def loop(
 
         def save(epoch: int, batch: int) -> None:
             if folder is not None and accelerator.is_main_process:
-                facts = {"identity": identity, "epoch": epoch, "batch": batch, "losses": losses}
+                facts = {"identity": known, "epoch": epoch, "batch": batch, "losses": losses}
                 save_checkpoint(
                     folder, len(losses), model=model, optimizer=rule, scheduler=scheduler, values=facts,
                     states={"epoch": epoch_start},

@@ -40,6 +40,7 @@ __all__ = [
     "prune",
     "suits",
     "transfer",
+    "vet",
 ]
 
 
@@ -56,6 +57,15 @@ def suits(target: Any) -> bool:
     if isinstance(target, type):
         return issubclass(target, Objective)
     return "Objective" in str(getattr(target, "__annotations__", {}).get("return", ""))
+
+
+def vet(target: Any, arguments: dict[str, Any], where: str) -> None:
+    """Check a recipe's arguments of an objective that it takes by name; see `_recipes`."""
+    from ._recipes import check_objective
+    from .survey_kd_llm import survey_kd_llm
+
+    if target is survey_kd_llm:
+        check_objective(arguments, where)
 
 
 def transfer(

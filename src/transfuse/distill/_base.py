@@ -10,8 +10,9 @@ import abc
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "is_causal",
     "logits_of",
     "model_inputs",
+    "settings_of",
 ]
 
 
@@ -121,6 +123,10 @@ class Objective(nn.Module, abc.ABC):
     def setup(self, student: Signal, teacher: Signal | None, batch: Mapping[str, Any]) -> None:
         """Called once before training with the signals of a small batch: build projections, refuse misfits."""
 
+    def evaluation(self, student: Signal, batch: Mapping[str, Any]) -> Tensor | None:
+        """What `Distiller.evaluate` reports of a held-out batch, a scalar; None for the labels' cross-entropy."""
+        return None
+
     def on_step(self, figures: Mapping[str, float], step: int, total: int) -> None:
         """Called after each update, not in evaluation.
 
@@ -132,6 +138,17 @@ class Objective(nn.Module, abc.ABC):
 
     def on_epoch(self, student: nn.Module, epoch: int, total: int) -> None:
         """Called at the start of each epoch, counted from 0: take a snapshot, move a schedule."""
+
+
+def settings_of(objective: Objective) -> str:
+    """An objective's class and plain attributes: what tells two runs with it apart, see `core.training.loop`."""
+    kinds = (bool, int, float, str, tuple, list, type(None))
+    plain = {
+        name: value
+        for name, value in vars(objective).items()
+        if isinstance(value, kinds) and not name.startswith("_") and name != "training"
+    }
+    return f"{type(objective).__qualname__} {sorted(plain.items())}"
 
 
 class TokenObjective(Objective):
@@ -155,7 +172,7 @@ class TokenObjective(Objective):
         self, *, kd_weight: float = 1.0, ce_weight: float = 0.0, rest: str = "bucket", compile: bool = False
     ):
         super().__init__()
-        if kd_weight < 0 or ce_weight < 0 or kd_weight + ce_weight == 0:
+        if any(not 0 <= weight < math.inf for weight in (kd_weight, ce_weight)) or kd_weight + ce_weight == 0:
             weights = f"{kd_weight}, ce_weight = {ce_weight}"
             raise BadInput("kd_weight", weights, "are not weights", "give numbers from 0 up, not both 0")
         if rest not in ("bucket", "zero"):
@@ -245,8 +262,13 @@ class TokenObjective(Objective):
                 theirs = theirs.to(logits.dtype)
             sums = {name: value.sum() for name, value in self.combine(logits, theirs, **columns).items()}
         items = batch.get("items")
-        count = max(int(keep.sum()), 1) if items is None else items
+        count = at_least_one(int(keep.sum()) if items is None else items)
         return {name: value / count for name, value in sums.items()}
+
+
+def at_least_one(count: Any) -> Any:
+    """A count to divide by: where nothing is counted, as in an update without a labelled token, a sum stays 0."""
+    return count + (count == 0)
 
 
 class CrossEntropy(TokenObjective):
@@ -293,6 +315,12 @@ class Reader:
         inner = unwrapped(model)
         self.head = head_of(inner) if fuse and self.causal else None
         self.body: Any = inner.base_model if self.head is not None else model
+
+    def cut(self, vocabulary: int | None) -> Reader:
+        """Leave out the entries from `vocabulary` on, where the head is known; returns the reader."""
+        if self.head is not None and vocabulary is not None:
+            self.head = replace(self.head, rows=vocabulary)
+        return self
 
     def __call__(self, batch: Mapping[str, Any], *, grad: bool) -> Signal:
         """The signal on a batch; with `grad=False` no graph is built."""

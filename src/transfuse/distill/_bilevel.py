@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.errors import BadInput, NotApplicable
 from ._base import logits_of, model_inputs
 
-__all__ = ["Alternating", "Turns", "as_loss", "check_data", "epoch_of", "held_out_rows", "mixing_slopes"]
+__all__ = [
+    "Alternating",
+    "Turns",
+    "as_loss",
+    "check_data",
+    "check_labels",
+    "check_optimizer",
+    "epoch_of",
+    "held_out_rows",
+    "mixing_slopes",
+]
 
 
 def mixing_slopes(
@@ -42,18 +53,24 @@ def mixing_slopes(
         held: Validation samples with `labels`.
         terms: From the student's logits of the batch to the terms whose weights are the ratio and 1 - ratio, `[B]`.
         inner_lr: Length of the virtual step of plain gradient descent.
-        exact: Differentiate through the step; False takes a central difference along the validation slope.
+        exact: Differentiate through the step; False takes a central difference along the validation slope, with the
+            student in float32 at least: in bf16 the shift would be lost in rounding.
 
     Returns:
         The loss, a scalar without gradient, and one slope per parameter of `mixing`.
     """
-    theta = {n: p.detach().requires_grad_() for n, p in student.named_parameters() if p.requires_grad}
+    said = functools.partial(_virtual, student, wide=not exact)
+    theta = {
+        n: (p.detach() if exact else _wide(p.detach())).requires_grad_()
+        for n, p in student.named_parameters()
+        if p.requires_grad
+    }
     names, values = list(theta), list(theta.values())
     omega = list(mixing.parameters())
     with (
         sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext()
     ):  # others have no second derivative
-        logits = _virtual(student, theta, batch)
+        logits = said(theta, batch)
     alpha = mixing(logits, teacher, batch["labels"])
     kd, ce = terms(logits)
     used = alpha if exact else alpha.detach()
@@ -64,10 +81,10 @@ def mixing_slopes(
         for n, t, slope in zip(names, values, slopes, strict=True)
     }
     if exact:
-        value = _validation(student, moved, held)
+        value = _validation(said(moved, held), held)
         return value.detach(), list(torch.autograd.grad(value, omega, allow_unused=True))
     moved = {n: t.detach().requires_grad_() for n, t in moved.items()}
-    value = _validation(student, moved, held)
+    value = _validation(said(moved, held), held)
     ahead = torch.autograd.grad(value, list(moved.values()), allow_unused=True)
     norm = torch.sqrt(sum((v.float().square().sum() for v in ahead if v is not None), torch.zeros(())))
     if not norm > 0:
@@ -80,23 +97,39 @@ def mixing_slopes(
                 n: t if v is None else t + sign * width * v
                 for n, t, v in zip(names, values, ahead, strict=True)
             }
-            kd, ce = terms(_virtual(student, place, batch))
+            kd, ce = terms(said(place, batch))
             ends.append(kd - ce)
     weights = -inner_lr / (2 * width) * (ends[0] - ends[1]) / len(ends[0])
     return value.detach(), list(torch.autograd.grad((alpha * weights.to(alpha.dtype)).sum(), omega))
 
 
-def _virtual(student: nn.Module, parameters: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
-    """The student's logits with other parameters, in its present mode; statistics and random state stay."""
-    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
-    inputs = model_inputs(student, batch)
-    devices = {t.device for t in parameters.values() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        return logits_of(functional_call(student, (dict(parameters), buffers), (), inputs))
+def _virtual(
+    student: nn.Module, parameters: Mapping[str, Tensor], batch: Mapping[str, Any], *, wide: bool = False
+) -> Tensor:
+    """The student's logits with other parameters, in its present mode; statistics and random state stay.
+
+    With `wide` everything is in float32 at least.
+    """
+    fit = _wide if wide else (lambda value: value)
+    still = {name: p.detach() for name, p in student.named_parameters() if name not in parameters}
+    still |= {name: buffer.clone() for name, buffer in student.named_buffers()}
+    held = {name: fit(value) for name, value in {**still, **parameters}.items()}
+    inputs = {name: fit(value) for name, value in model_inputs(student, batch).items()}
+    places = {t.device for t in parameters.values()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[d for d in places if d.type == "cuda"]))
+        if wide:
+            for kind in {place.type for place in places}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        return logits_of(functional_call(student, held, (), inputs))
 
 
-def _validation(student: nn.Module, parameters: Mapping[str, Tensor], held: Mapping[str, Any]) -> Tensor:
-    logits = _virtual(student, parameters, held)
+def _wide(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(torch.promote_types(value.dtype, torch.float32)) if floating else value
+
+
+def _validation(logits: Tensor, held: Mapping[str, Any]) -> Tensor:
     return nn.functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), held["labels"]
     )
@@ -165,10 +198,11 @@ class Turns:
     Args:
         batches: Training batches per epoch.
         every: Updates of the student per update of the mixing network; each epoch begins with one of the latter.
+        held: Validation batches per pass.
     """
 
-    def __init__(self, batches: int, every: int):
-        self.batches, self.every = batches, every
+    def __init__(self, batches: int, every: int, held: int):
+        self.batches, self.every, self.held = batches, every, held
         self.flags = [flag for i in range(batches) for flag in ([False, True] if i % every == 0 else [True])]
 
     def inner(self, update: int) -> bool:
@@ -180,17 +214,32 @@ class Turns:
         epochs, rest = divmod(updates, len(self.flags))
         return epochs * self.batches + sum(self.flags[:rest])
 
-    def items(self, train: Iterable[Any], validation: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    def items(
+        self, train: Iterable[Any], validation: Callable[[int], Iterable[Any]], epoch: int
+    ) -> Iterator[dict[str, Any]]:
         """An epoch: a training batch and a validation batch for the mixing network, a training batch for the student.
 
+        Args:
+            train: The epoch's batches.
+            validation: From the number of a pass to its batches, always the same ones. Passes go on over epochs.
+            epoch: Its number.
+
         Raises:
-            BadInput: the epoch has another number of batches.
+            BadInput: the epoch, or a pass over the validation data, has another number of batches.
         """
-        held = itertools.cycle(list(validation))
+        due = epoch * sum(not flag for flag in self.flags)
+        number, row = -1, list[Any]()
         seen = 0
         for seen, batch in enumerate(train, 1):
             if (seen - 1) % self.every == 0:
-                yield {"batch": batch, "held": next(held)}
+                if due // self.held != number:
+                    number = due // self.held
+                    row = list(validation(number))
+                    if len(row) != self.held:
+                        problem = f"batches follow a pass of {self.held}"
+                        raise BadInput("validation", len(row), problem, "give equal epochs")
+                yield {"batch": batch, "held": row[due % self.held]}
+                due += 1
             yield {"batch": batch}
         if seen != self.batches:
             raise BadInput("train", seen, f"batches follow an epoch of {self.batches}", "give equal epochs")
@@ -215,30 +264,77 @@ def check_data(train: Any, validation: Any) -> None:
         raise NotApplicable("student", f"{count} processes", "train it at once", "use one process")
 
 
-def held_out_rows(student: nn.Module, train: Iterable[Any], validation: Iterable[Any]) -> None:
-    """Refuse empty validation data, and warn of rows that are trained on.
+def check_labels(batch: Mapping[str, Any], classes: int, argument: str) -> Tensor:
+    """The labels of a batch, on the CPU.
 
     Raises:
-        BadInput: there is no validation batch.
+        BadInput: they are not one class below `classes` per sample.
+    """
+    labels: Tensor = batch["labels"].detach().cpu()
+    whole = labels.dim() == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
+    if not whole or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
+        problem = f"has labels that are not classes below {classes}"
+        shown = f"{labels.dtype} {tuple(labels.shape)}"
+        raise BadInput(argument, shown, problem, "give one class number per sample")
+    return labels
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
+    """Refuse an optimizer of something else.
+
+    Raises:
+        BadInput: it holds no parameter, or one that is not the student's.
+    """
+    own = {id(p) for p in student.parameters()}
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if not held or any(each not in own for each in held):
+        problem, remedy = "is not over the student's parameters", "make it of student.parameters()"
+        raise BadInput("optimizer", type(optimizer).__name__, problem, remedy)
+
+
+def held_out_rows(
+    student: nn.Module, train: Iterable[Any], validation: Iterable[Any], classes: int | None = None
+) -> tuple[int, str]:
+    """Refuse validation data that are none, and warn of rows that are trained on.
+
+    Args:
+        student: Whose inputs make a row.
+        train: An epoch of batches.
+        validation: The same.
+        classes: Check the validation labels to be classes below it.
+
+    Returns:
+        The number of validation batches, and a text that differs when rows or labels do, whatever their order.
+
+    Raises:
+        BadInput: there is no validation batch, or a label that is no class.
 
     Warns:
         UserWarning: inputs of validation rows that are, bit for bit, among those of the training rows.
     """
-    held = [digest for batch in validation for digest in _digests(student, batch)]
+    held, count = Counter[tuple[bytes, str]](), 0
+    for batch in validation:
+        count += 1
+        if classes is not None:
+            check_labels(batch, classes, "validation")
+        held.update(_digests(student, batch))
     if not held:
         raise BadInput("validation", 0, "rows are no data", "hold out some labelled samples")
-    seen = {digest for batch in train for digest in _digests(student, batch)}
-    shared = sum(digest in seen for digest in held)
+    learnt = Counter(digest for batch in train for digest in _digests(student, batch))
+    seen = {row for row, _ in learnt}
+    shared = sum(times for (row, _), times in held.items() if row in seen)
     if shared:
         told = (
-            f"{shared} of {len(held)} validation rows are in the training data: their labels are learned by heart, "
+            f"{shared} of {held.total()} validation rows are in the training data: their labels are learned by heart, "
             "and the ratios fall towards the labels; hold them out"
         )
         warnings.warn(told, UserWarning, stacklevel=3)
+    known = hashlib.sha256(repr([sorted(rows.items()) for rows in (learnt, held)]).encode())
+    return count, known.hexdigest()
 
 
-def _digests(student: nn.Module, batch: Mapping[str, Any]) -> list[bytes]:
-    """A hash of each row's inputs, without its padding."""
+def _digests(student: nn.Module, batch: Mapping[str, Any]) -> list[tuple[bytes, str]]:
+    """A hash of each row's inputs, without its padding, and its label."""
     inputs = {name: value for name, value in model_inputs(student, batch).items() if name != "position_ids"}
     mask = inputs.get("attention_mask")
     found = []
@@ -249,5 +345,5 @@ def _digests(student: nn.Module, batch: Mapping[str, Any]) -> list[bytes]:
             if mask is not None and row.shape[:1] == mask.shape[1:]:
                 row = row[mask[i].bool()]
             digest.update(row.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        found.append(digest.digest())
+        found.append((digest.digest(), repr(batch["labels"][i].tolist())))
     return found

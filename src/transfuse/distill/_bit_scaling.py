@@ -38,7 +38,16 @@ class BitScaling:
         return math.exp(a + b * math.log(total_bits))
 
     def best(self, total_bits: float) -> int:
-        """The width whose power law is lowest at a size, smaller metrics being better."""
+        """The width whose power law is lowest at a size, smaller metrics being better.
+
+        Raises:
+            BadInput: there is no power law, as of one model.
+        """
+        if any(math.isnan(slope) for _, slope in self.exponents.values()) or not self.exponents:
+            count = len({row["model"] for row in self.rows})
+            raise BadInput(
+                "models", count, "of one size have no power law", "measure several, or read `rows`"
+            )
         return min(self.exponents, key=lambda bits: self.predicted(bits, total_bits))
 
     def envelope(self) -> list[dict[str, float]]:

@@ -62,7 +62,7 @@ class Contrastive(HiddenStates):
         ce_weight: float = 0.0,
     ):
         super().__init__(project=project, layers=layers, kd_weight=kd_weight, ce_weight=ce_weight)
-        if not temperature > 0:
+        if not 0 < temperature < float("inf"):
             raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
         if max_tokens < 2:
             raise BadInput("max_tokens", max_tokens, "is below 2", "give more")

@@ -173,8 +173,10 @@ class DensityCounter:
         """Counts, float32 `[B]`: the sum of each map.
 
         Args:
-            images: `[B, C, H, W]`, or a list of `[C, H, W]` of any sizes.
+            images: `[B, C, H, W]`, or a list of `[C, H, W]` of any sizes; of none, there are no counts.
         """
+        if not len(images):
+            return torch.zeros(0)
         device = next(self.model.parameters()).device
         batches = [images] if isinstance(images, Tensor) else [each.unsqueeze(0) for each in images]
         with frozen(self.model), torch.no_grad():

@@ -15,6 +15,7 @@ neither sums to one. The student's gradient passes all factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from ..core.divergence import jsd_terms, kl_terms
 from ..core.errors import BadInput, NotApplicable
 from ..core.fused import fused_sums
 from ..core.tokens import shared_vocabulary
-from ._base import Objective, Signal
+from ._base import Objective, Signal, at_least_one
 from ._cross_data import CrossCollator, Merge, Side, pair_rows
 
 __all__ = ["ULD", "CrossCollator", "HybridULD", "hybrid_terms", "pair_rows", "uld_terms"]
@@ -152,9 +153,9 @@ class ULD(Objective):
         ):  # fmt: skip
             if value not in known:
                 raise BadInput(name, value, "is not known", f'use "{known[0]}" or "{known[1]}"')
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
-        if not kd_weight > 0 or ce_weight < 0:
+        if not 0 < kd_weight < math.inf or not 0 <= ce_weight < math.inf:
             weights = f"{kd_weight}, ce_weight = {ce_weight}"
             raise BadInput("kd_weight", weights, "are not weights", "give numbers above 0 and from 0 up")
         self.alignment, self.merge, self.temperature = alignment, merge, temperature
@@ -197,8 +198,8 @@ class ULD(Objective):
             factors = [_factors(r, side, self.temperature) for r, side in ((rows, ours), (reference, theirs))]
             slopes = self._slopes(rows, reference, ours, partner, factors)
         items, aligned = batch.get("items"), batch.get("aligned")
-        items = max(len(ours.group), 1) if items is None else items
-        aligned = max(len(ours.base), 1) if aligned is None else aligned
+        items = at_least_one(len(ours.group) if items is None else items)
+        aligned = at_least_one(len(ours.base) if aligned is None else aligned)
 
         def terms(logits: Tensor, _: None, **columns: Tensor) -> dict[str, Tensor]:
             return self._terms(logits, reference, items=items, aligned=aligned, **columns)

@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from ..core.batches import IGNORED, pad_collator
-from ..core.errors import BadInput, IncompatibleModels, NotApplicable
+from ..core.errors import BadInput
 from ..core.files import write_tensors
-from ..core.fused import Head
-from ..core.runs import check_finite, evaluating
+from ..core.runs import check_finite
 from ..core.trainer import SafeTrainer
-from ._base import CrossEntropy, Objective, Reader, Signal, logits_of, model_inputs
+from ._base import Objective, Reader
+from ._pairing import Pair, Teacher, align, check_policy, first_state, models_of, same_tokenizers
 from ._policy import Policy
 from ._rows import Collator, Numbered
 from ._store import LogitStore
 
-__all__ = ["Distiller"]
-
-Teacher = nn.Module | LogitStore | Sequence[nn.Module] | None
+__all__ = ["Distiller", "same_tokenizers"]
 
 
 class Distiller(SafeTrainer):
@@ -33,8 +31,9 @@ class Distiller(SafeTrainer):
     A `transformers.Trainer`: its arguments, callbacks, schedules, mixed precision and `accelerate launch` work as
     there. The teacher runs in evaluation mode, without gradients, on its own device and in its own dtype. Losses of
     language models are normalised by the predicted tokens of the whole update, over micro-batches and processes.
-    `evaluate` reports the student's cross-entropy with the labels, whatever the objective. Checkpoints are those
-    of `SafeTrainer`; the objective's own parameters and state are in them. `save_model` writes the student alone.
+    `evaluate` reports the student's cross-entropy with the labels, whatever the objective, unless that has an
+    evaluation of its own. Checkpoints are those of `SafeTrainer`; the objective's own parameters and state are in
+    them. An objective or policy used before starts afresh. `save_model` writes the student alone.
 
     Args:
         student: The model that is trained: causal language model, PEFT model, classifier, or any module that
@@ -54,9 +53,11 @@ class Distiller(SafeTrainer):
         **options: Further arguments of `Trainer`.
 
     Raises:
-        BadInput: student and teacher are one object; no teacher where one is needed; no token to predict; an
-            unknown objective; modules to tap that do not exist.
+        BadInput: student and teacher are one object; no teacher where one is needed; a store of other rows; no
+            token to predict; an unknown objective; modules to tap that do not exist.
         IncompatibleModels: vocabularies or tokenizers that differ.
+        NotApplicable: a policy with a stored teacher, an objective that reads columns, or a student that does not
+            write.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class Distiller(SafeTrainer):
             from .survey_kd_llm import get
 
             objective = get(objective)
-        models = _models(student, teacher, objective)
+        models = models_of(student, teacher, objective)
         if len(train_dataset) == 0:
             raise BadInput("train_dataset", "[]", "has no rows", "give at least one example")
-        if policy is not None and objective.cross_vocabulary:
-            raise NotApplicable("policy", type(policy).__name__, "writes one vocabulary only", "leave it out")
+        first_state(objective)
         objective.prepare(student, models, processing_class, teacher_tokenizer)
         if policy is not None:
+            check_policy(policy, student, teacher, objective)
+            first_state(policy)
             policy.prepare(models)
         fuse = not objective.needs_logits
         reader = Reader(student, patterns=objective.student_taps, fuse=fuse)
@@ -93,19 +95,17 @@ class Distiller(SafeTrainer):
         readers = [Reader(model, patterns=taps, fuse=fuse, prefix="teacher_") for model in models]
         if not objective.cross_vocabulary:
             same_tokenizers(processing_class, teacher_tokenizer)
-            _align(reader, readers, teacher, align_vocab)
+            least = align(reader, readers, teacher, align_vocab)
+            if policy is not None:
+                policy.vocabulary = least
         collate = data_collator or (pad_collator(processing_class or 0) if reader.causal else None)
         store = teacher if isinstance(teacher, LogitStore) else None
         if store is not None:
-            if store.rows != len(train_dataset):
-                remedy = "capture the data set that is trained on"
-                raise BadInput(
-                    "teacher", store.rows, f"rows are stored, the data has {len(train_dataset)}", remedy
-                )
+            store.check_rows(train_dataset)
             train_dataset = Numbered(train_dataset)
         if collate is not None:
             collate = Collator(collate, objective.columns)
-        pair = _Pair(student, objective, reader, readers, store, teacher_weights)
+        pair = Pair(student, objective, reader, readers, store, teacher_weights)
         args = args or TrainingArguments()
         args.remove_unused_columns = False
         there = Path(args.output_dir).exists()
@@ -219,10 +219,14 @@ class Distiller(SafeTrainer):
         self.objective.on_step(found, self.state.global_step, self.state.max_steps)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`; tells the policy the loss, if there is one."""
+        """As `Trainer.evaluate`; tells the policy the loss, if there is one: of several data sets, their mean."""
         found = super().evaluate(*args, **options)
-        if self.policy is not None and "eval_loss" in found:
-            self.policy.on_evaluate(found["eval_loss"])
+        prefix = options.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+        losses = [value for name, value in found.items() if name.endswith("_loss")]
+        if (
+            self.policy is not None and prefix == "eval" and losses
+        ):  # of a set among several, the prefix is longer
+            self.policy.on_evaluate(sum(losses) / len(losses))
         return found
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -236,77 +240,6 @@ class Distiller(SafeTrainer):
             write_tensors(folder / "model.safetensors", student.state_dict())
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
-
-
-class _Pair(nn.Module):
-    """Student and objective as one module, so that optimizer, checkpoints and DDP see both; teachers stay outside."""
-
-    def __init__(
-        self,
-        student: nn.Module,
-        objective: Objective,
-        reader: Reader,
-        readers: Sequence[Reader],
-        store: LogitStore | None,
-        weights: Sequence[float] | None,
-    ):
-        super().__init__()
-        self.student, self.objective = student, objective
-        self.reader, self.readers, self.store = reader, list(readers), store
-        given = list(weights) if weights is not None else [1.0] * len(self.readers)
-        if len(given) != len(self.readers) or (given and not sum(given) > 0):
-            raise BadInput(
-                "teacher_weights", weights, f"does not fit {len(self.readers)} teachers", "one weight each"
-            )
-        self.weights = [weight / sum(given) for weight in given]
-
-    @property
-    def config(self) -> Any:
-        """The student's."""
-        return getattr(self.student, "config", None)
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """The student's."""
-        student: Any = self.student
-        student.gradient_checkpointing_enable(**options)
-
-    def teacher(self, batch: Mapping[str, Any]) -> Signal | None:
-        """What the teachers say, as one signal."""
-        if self.store is not None:
-            return self.store.signal(batch)
-        if not self.readers:
-            return None
-        for reader in self.readers:
-            reader.model.eval()
-        signals = [reader(batch, grad=False) for reader in self.readers]
-        if len(signals) == 1:
-            return signals[0]
-        logits = sum(w * signal.whole() for w, signal in zip(self.weights, signals, strict=True))
-        assert isinstance(logits, Tensor)
-        taps = {
-            f"{i}.{name}": value for i, signal in enumerate(signals) for name, value in signal.taps.items()
-        }
-        return Signal(logits=logits, taps=taps)
-
-    def set_up(self, batch: Mapping[str, Any]) -> None:
-        """Let the objective see what it will get."""
-        with evaluating(self.student):
-            self.objective.setup(self.reader(batch, grad=False), self.teacher(batch), batch)
-        self.objective.to(next(self.student.parameters()).device)
-
-    def forward(self, batch: Mapping[str, Any], evaluate: bool = False) -> dict[str, Tensor]:
-        if evaluate:
-            return {"loss": self._cross_entropy(batch)}
-        return self.objective(self.reader(batch, grad=True), self.teacher(batch), batch)
-
-    def _cross_entropy(self, batch: Mapping[str, Any]) -> Tensor:
-        if self.reader.causal:
-            return _NLL(self.reader(batch, grad=False), None, batch)["loss"]
-        logits = logits_of(self.student(**model_inputs(self.student, batch)))
-        return nn.functional.cross_entropy(logits.float(), batch["labels"])
-
-
-_NLL = CrossEntropy()
 
 
 class _Lifecycle(TrainerCallback):
@@ -323,68 +256,3 @@ class _Lifecycle(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs and self.trainer.figures:
             logs.update({f"loss/{k}": v for k, v in self.trainer.figures[-1].items() if k != "loss"})
-
-
-def _models(student: nn.Module, teacher: Teacher, objective: Objective) -> list[nn.Module]:
-    """The teachers that are models, checked."""
-    if teacher is None:
-        if objective.needs_teacher and getattr(objective, "kd_weight", True):
-            raise BadInput(
-                "teacher", None, f"is needed by {type(objective).__name__}", "give a model or a LogitStore"
-            )
-        return []
-    if isinstance(teacher, LogitStore):
-        if objective.teacher_taps or objective.needs_logits:
-            problem = f"has no hidden states or whole logits, and {type(objective).__name__} reads them"
-            raise BadInput("teacher", "LogitStore", problem, "use a teacher model")
-        return []
-    models = list(teacher) if isinstance(teacher, Sequence) else [teacher]
-    if any(model is student for model in models):
-        raise BadInput(
-            "teacher", type(student).__name__, "is the student itself", "pass a copy (copy.deepcopy)"
-        )
-    return models
-
-
-def _align(reader: Reader, readers: Sequence[Reader], teacher: Teacher, rule: str) -> None:
-    """Compare vocabularies; under "truncate", cut all heads to the shortest."""
-    if rule not in ("refuse", "truncate"):
-        raise BadInput("align_vocab", rule, "is not known", 'use "refuse" or "truncate"')
-    if not reader.causal:
-        return
-    sizes = [_vocabulary(r) for r in readers]
-    if isinstance(teacher, LogitStore):
-        sizes.append(teacher.vocabulary)
-    ours = _vocabulary(reader)
-    least = min([ours, *sizes])
-    if all(size == ours for size in sizes):
-        return
-    theirs = next(size for size in sizes if size != ours)
-    heads = [r.head for r in (reader, *readers)]
-    if rule == "refuse" or any(head is None for head in heads):
-        remedy = (
-            'pass align_vocab="truncate" where they differ by padding rows, or a cross-tokenizer objective'
-        )
-        raise IncompatibleModels("teacher", theirs, f"entries of vocabulary, the student has {ours}", remedy)
-    for each, head in zip((reader, *readers), heads, strict=True):
-        assert isinstance(head, Head)
-        each.head = Head(head.weight, head.bias, head.softcap, head.scale, least)
-
-
-def _vocabulary(reader: Reader) -> int:
-    return reader.head.vocabulary if reader.head is not None else int(reader.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
-
-
-def same_tokenizers(student: Any, teacher: Any) -> None:
-    """Refuse two tokenizers whose ids mean different tokens.
-
-    Raises:
-        IncompatibleModels: the first id that differs is named.
-    """
-    if student is None or teacher is None or student is teacher:
-        return
-    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
-    for i in sorted(ours.keys() & theirs.keys()):
-        if ours[i] != theirs[i]:
-            problem = f"means {theirs[i]!r} to the teacher and {ours[i]!r} to the student"
-            raise IncompatibleModels("teacher_tokenizer", i, problem, "use a cross-tokenizer objective (ULD)")

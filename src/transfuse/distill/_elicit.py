@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from ..core.errors import BadInput
 from ..core.llm import Backend
+from ..core.runs import check_positive
 from ._elicit_parts import (
     CORRECT,
     CURATE,
@@ -34,6 +35,7 @@ from ._elicit_parts import (
     accepted,
     answered,
     check_samples,
+    check_threshold,
     final_answer,
     is_right,
     items_of,
@@ -134,7 +136,7 @@ def expand(
         count: New prompts wanted; fewer come back when `rounds` are over.
         kind: See above.
         demonstrations: Tasks shown per request.
-        own: How many of these are new ones, once there are enough.
+        own: How many of these are new ones, once there are enough; at most all of them.
         per_request: New tasks asked for per request.
         threshold: Of ROUGE-L; rewriting only refuses the same words again.
         rounds: Most requests; 4 per prompt wanted by default.
@@ -151,11 +153,10 @@ def expand(
     if kind not in ("self-instruct", "evolve"):
         raise BadInput("kind", kind, "is not known", 'use "self-instruct" or "evolve"')
     given = {"count": count, "demonstrations": demonstrations, "per_request": per_request}
-    for name, value in given.items():
-        if value < 1:
-            raise BadInput(name, value, "is below 1", "give a positive number")
-    if not 0.0 < threshold <= 1.0:
-        raise BadInput("threshold", threshold, "is not a share", "give a number above 0, to 1")
+    check_positive(**given, rounds=rounds)
+    if own < 0:
+        raise BadInput("own", own, "is negative", "give a number from 0 up")
+    check_threshold(threshold)
     pool = [row["prompt"] for row in items_of(seeds, argument="seeds")]
     first, draws = len(pool), random.Random(seed)
     fresh: list[dict[str, str]] = []
@@ -168,7 +169,7 @@ def expand(
             request = REWRITE.format(way=way, prompt=parent)
         else:
             parent = ""
-            news = draws.sample(pool[first:], min(own, len(pool) - first))
+            news = draws.sample(pool[first:], min(own, demonstrations, len(pool) - first))
             shown = [*draws.sample(pool[:first], min(demonstrations - len(news), first)), *news]
             listed = "\n".join(f"{i}. {task}" for i, task in enumerate(shown, 1))
             request = EXPAND.format(shown=listed, count=per_request)
@@ -215,12 +216,13 @@ def curate(
         `prompt`, `target`, `topic`, `persona`, `difficulty`.
 
     Raises:
-        BadInput: an empty list, or per_cell below 1 or above it at temperature 0.
+        BadInput: an empty list, a threshold that is no share, or per_cell below 1 or above it at temperature 0.
     """
     for name, values in (("topics", topics), ("personas", personas), ("difficulties", difficulties)):
         if isinstance(values, str) or len(values) == 0:
             raise BadInput(name, values, "is not a list", "give at least one entry")
-    check_samples(per_cell, temperature)
+    check_samples(per_cell, temperature, "per_cell")
+    check_threshold(threshold)
     cells = list(itertools.product(topics, personas, difficulties))
     asked = []
     for topic, persona, difficulty in cells:

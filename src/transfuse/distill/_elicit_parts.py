@@ -10,6 +10,7 @@ from ..core.batches import encode_examples
 from ..core.errors import BadInput
 from ..core.llm import Backend
 from ..core.metrics import exact_match
+from ..core.runs import check_positive
 
 __all__ = ["Verifier", "final_answer", "preference_rows", "rouge_l", "tasks_in", "verdict_in"]
 
@@ -94,7 +95,7 @@ def rouge_l(first: str, second: str) -> float:
 def final_answer(text: str) -> str | None:
     """What follows the last "Answer:" (or "####") to the end of its line; None where there is none."""
     found = re.findall(r"(?:answer\s*:|####)[ \t*]*([^\n]+)", text, re.IGNORECASE)
-    answer = found[-1].strip(" *.`\t") if found else ""
+    answer = found[-1].strip(" *`\t").rstrip(" *.`\t") if found else ""
     return answer or None
 
 
@@ -111,11 +112,15 @@ def verdict_in(text: str) -> str | None:
 
 
 def score_in(text: str) -> float | None:
-    """The number after "Score:", from 0 to 5, or a reply that is such a number."""
-    found = re.search(r"score\s*:?\s*([0-5](?:\.\d+)?)(?!\d)", text, re.IGNORECASE) or re.fullmatch(
-        r"\s*([0-5](?:\.\d+)?)\s*(?:/\s*5)?\s*\.?\s*", text
+    """The number after "Score:", from 0 to 5 and not of another scale, or a reply that is such a number.
+
+    Fractions count, as a judge gives them; bold type does not matter.
+    """
+    number = r"(\d+(?:\.\d+)?)(?!\.?\d)(?!\s*/\s*(?!5\b)\d)"
+    found = re.search(rf"score[\s*_:=]*{number}", text, re.IGNORECASE) or re.fullmatch(
+        rf"[\s*]*{number}[\s*]*(?:/\s*5)?[\s*]*\.?[\s*]*", text
     )
-    return float(found.group(1)) if found else None
+    return float(found.group(1)) if found and float(found.group(1)) <= 5 else None
 
 
 def tasks_in(text: str) -> list[str]:
@@ -134,8 +139,10 @@ def usable_task(text: str) -> bool:
 def items_of(items: Sequence[Any], *needed: str, argument: str = "items") -> list[dict[str, Any]]:
     """Rows as dicts with a non-empty text `prompt` and the columns needed; a plain text is a prompt.
 
+    Whole numbers in `answer` and `target` become text; an empty answer is none.
+
     Raises:
-        BadInput: no rows, or one that lacks something.
+        BadInput: no rows, one that lacks something, or a value that is no text.
     """
     if isinstance(items, (str, Mapping)) or len(items) == 0:
         raise BadInput(argument, items, "is not a list of rows", "give texts, or dicts with `prompt`")
@@ -147,8 +154,30 @@ def items_of(items: Sequence[Any], *needed: str, argument: str = "items") -> lis
         missing = [name for name in needed if row.get(name) in (None, "", [])]
         if missing:
             raise BadInput(f"{argument}[{i}]", row["prompt"][:40], f"lacks `{missing[0]}`", "add it")
-        rows.append(row)
+        rows.append(_as_texts(row, f"{argument}[{i}]"))
     return rows
+
+
+def _as_texts(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The row with texts where texts are compared."""
+    for name, several in (("answer", True), ("target", False), ("candidates", True)):
+        value = row.get(name)
+        if value in (None, "", []):
+            row.pop(name, None)
+            continue
+        listed = several and isinstance(value, (list, tuple))
+        texts = [_text(each) for each in (value if listed else [value])]
+        if any(text is None for text in texts) or (name == "candidates" and not listed):
+            wanted = "a list of texts" if name == "candidates" else "text"
+            raise BadInput(f"{where}: {name}", value, f"is not {wanted}", "write out what is to be compared")
+        row[name] = texts if listed else texts[0]
+    return row
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
 
 
 def table(rows: Sequence[Mapping[str, Any]], *texts: str, numbers: Sequence[str] = ()) -> Any:
@@ -179,12 +208,17 @@ def preference_rows(tokenizer: Any, pairs: Any, **options: Any) -> list[dict[str
     ]
 
 
-def check_samples(samples: int, temperature: float) -> None:
-    """Refuse several answers where all would be one."""
-    if samples < 1:
-        raise BadInput("samples", samples, "is below 1", "give a positive number")
+def check_samples(samples: int, temperature: float, name: str = "samples") -> None:
+    """Refuse several answers where all would be one; `name` is what the caller calls their number."""
+    check_positive(**{name: samples})
     if samples > 1 and temperature == 0:
-        raise BadInput("samples", samples, "at temperature 0 are all the same", "give a temperature above 0")
+        raise BadInput(name, samples, "at temperature 0 are all the same", "give a temperature above 0")
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a limit of ROUGE-L that is no share."""
+    if not 0.0 < threshold <= 1.0:
+        raise BadInput("threshold", threshold, "is not a share", "give a number above 0, to 1")
 
 
 def accepted(row: Mapping[str, Any], final: str, verifier: Verifier | None) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from ..core import taps
 from ..core.errors import BadInput
@@ -37,6 +38,7 @@ FORMATS = {2: "e1m0", 3: "e2m0", 4: "e2m1", 5: "e2m2", 6: "e3m2", 8: "e4m3"}
 
 _WEIGHTS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Linear, r"weight"),
+    (Conv1D, r"weight"),
     (nn.Embedding, r"weight"),
     (nn.modules.conv._ConvNd, r"weight"),
     (nn.RNNBase, r"weight_(ih|hh|hr)_l\d+(_reverse)?"),
@@ -144,16 +146,33 @@ def _check(bits: int, scheme: str, fmt: str | None) -> None:
 
 
 class FakeQuant(nn.Module):
-    """The parametrization of a weight, see `quantize`; one scale per row (output channel, or entry of a table)."""
+    """The parametrization of a weight, see `quantize`; one scale per output channel, or entry of a table.
 
-    def __init__(self, bits: int, scheme: str = "int_sym_channel", fmt: str | None = None):
+    Args:
+        bits: As for `quantize`, like scheme and fmt.
+        scheme: See there.
+        fmt: See there.
+        transposed: 0 where output channels are the weight's first axis. Otherwise they are its second, within each of
+            this many groups of its first (transposed convolutions; GPT-2's linear layers, with 1).
+    """
+
+    def __init__(
+        self, bits: int, scheme: str = "int_sym_channel", fmt: str | None = None, transposed: int = 0
+    ):
         super().__init__()
         _check(bits, scheme, fmt)
-        self.bits, self.scheme, self.fmt = bits, scheme, fmt
+        self.bits, self.scheme, self.fmt, self.transposed = bits, scheme, fmt, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight."""
-        return quantize(weight, bits=self.bits, scheme=self.scheme, fmt=self.fmt)
+        rounded = quantize(self._turned(weight), bits=self.bits, scheme=self.scheme, fmt=self.fmt)
+        return self._turned(rounded)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """Output channels first; a second time, as they were."""
+        if not self.transposed:
+            return weight
+        return weight.unflatten(0, (self.transposed, -1)).transpose(1, 2).flatten(0, 1)
 
     def extra_repr(self) -> str:
         """For `print`."""
@@ -175,7 +194,8 @@ def fake_quant(
         fmt: Format of "fp".
         activations: Bits of the inputs of linear, convolution and recurrent layers: symmetric integers, a scale per
             token (per place of an image) found as it comes. None leaves them alone.
-        skip: Module names or wildcards to leave alone, say the output head, whose rounding costs most.
+        skip: Module names or wildcards to leave alone, say the output head, whose rounding costs most. What is inside
+            them is left alone too, and so is every matrix that is the same parameter: of tied embeddings both ends.
 
     Returns:
         The model.
@@ -186,19 +206,28 @@ def fake_quant(
     _check(bits, scheme, fmt)
     if activations is not None:
         _check(activations, "int_sym_channel", None)
-    left = {name for pattern in skip for name in taps.match(model, pattern)}
-    found = [(module, name) for path, module, name in matrices(model) if path not in left]
+    left = [model.get_submodule(name) for pattern in skip for name in taps.match(model, pattern)]
+    alone = {id(parameter) for module in left for parameter in module.parameters()}
+    found = [(m, name) for _, m, name in matrices(model) if id(m._parameters.get(name)) not in alone]
     if not found:
         raise BadInput("model", type(model).__name__, "has no matrix to quantize", "skip less of it")
     if any(parametrize.is_parametrized(module, name) for module, name in found):
         raise BadInput("model", type(model).__name__, "is quantized already", "start from the original")
     for module, name in found:
-        parametrize.register_parametrization(module, name, FakeQuant(bits, scheme, fmt))
+        rounding = FakeQuant(bits, scheme, fmt, _transposed(module))
+        parametrize.register_parametrization(module, name, rounding)
     if activations is not None:
         for module in {id(module): module for module, _ in found}.values():
             if not isinstance(module, nn.Embedding):
                 module.forward = functools.partial(_rounded_input, module, activations)
     return model
+
+
+def _transposed(module: nn.Module) -> int:
+    """Groups of a layer whose weight has output channels second, see `FakeQuant`; 0 for one that has them first."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return module.groups
+    return int(isinstance(module, Conv1D))
 
 
 def _rounded_input(module: nn.Module, bits: int, x: Tensor, *rest: Any, **options: Any) -> Any:

@@ -8,6 +8,7 @@ states to the teacher's width; the maps train along and stay in the objective.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -117,7 +118,7 @@ class LayerObjective(Objective):
         ce_weight: float = 0.0,
     ):
         super().__init__()
-        if not kd_weight > 0 or ce_weight < 0:
+        if not 0 < kd_weight < math.inf or not 0 <= ce_weight < math.inf:
             weights = f"{kd_weight}, ce_weight = {ce_weight}"
             raise BadInput("kd_weight", weights, "are not weights", "give numbers above 0 and from 0 up")
         if layers is not None and (not layers or any(len(pair) != 2 or min(pair) < 0 for pair in layers)):

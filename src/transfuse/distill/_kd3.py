@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..core import taps
 from ..core.errors import BadInput
+from ..core.fields import suggest
+from ..core.files import hash_state
 from ._base import frozen, logits_of
 
 __all__ = [
@@ -20,11 +22,15 @@ __all__ = [
     "NothingSelected",
     "Selection",
     "SharedHead",
+    "check_modules",
+    "check_pool",
+    "identity_of",
     "install",
     "last_linear",
     "mix_distribution",
     "outputs",
     "select",
+    "suited",
 ]
 
 
@@ -172,6 +178,7 @@ def install(run: Any, width: int) -> nn.Module:
         psi = nn.Sequential(nn.Linear(phi.shape[-1], width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
     parameter = next(run.student.parameters())
     psi = psi.to(device=parameter.device, dtype=parameter.dtype)
+    _check_projector(psi, phi.to(parameter), width)
     if run.share_classifier:
         classifier = run.teacher.get_submodule(run.teacher_head)
         shared = SharedHead(psi, classifier).to(device=parameter.device, dtype=parameter.dtype)
@@ -181,13 +188,86 @@ def install(run: Any, width: int) -> nn.Module:
 
 
 @torch.no_grad()
+def _check_projector(psi: nn.Module, phi: Tensor, width: int) -> None:
+    try:
+        with frozen(psi):
+            problem = None if (shape := tuple(psi(phi).shape)) == (len(phi), width) else f"gives {shape}"
+    except RuntimeError as error:
+        problem = f"cannot read the student's features ({error})"
+    if problem:
+        remedy = f"map {phi.shape[-1]} features to the teacher's {width}"
+        raise BadInput("projector", type(psi).__name__, problem, remedy)
+
+
+def check_pool(pool: Tensor) -> None:
+    """Refuse what is no stack of images.
+
+    Raises:
+        BadInput: another number of axes, no image, or images of whole numbers.
+    """
+    if pool.dim() != 4 or len(pool) == 0:
+        raise BadInput("pool", tuple(pool.shape), "is no stack of images", "give images [U, C, H, W]")
+    if not pool.is_floating_point():
+        raise BadInput("pool", pool.dtype, "holds no floating-point images", "scale them, say pool / 255")
+
+
+def check_modules(run: Any) -> None:
+    """Refuse modules that do not exist, heads that read no features, and a place to perturb that is no map.
+
+    Args:
+        run: A `KD3`.
+
+    Raises:
+        BadInput: one of them.
+    """
+    wanted = [(run.teacher, "teacher_head", True), (run.student, "student_head", True)]
+    if run.perturb_at is not None:
+        wanted.append((run.student, "perturb_at", False))
+    for model, argument, head in wanted:
+        name = getattr(run, argument)
+        names = [each for each, _ in model.named_modules() if each]
+        if name not in names:
+            remedy = suggest(name, names, "list them with model.named_modules()")
+            raise BadInput(argument, name, f"is no module of {type(model).__name__}", remedy)
+        with torch.no_grad(), frozen(model), taps.capture(model, name, inputs=head) as seen:
+            model(suited(run.pool[:2], model))
+        shape = tuple(seen[name].shape) if name in seen else None
+        if head and (shape is None or len(shape) != 2):
+            raise BadInput(argument, name, f"reads {shape}, not features [B, D]", "name the classifier")
+        if not head and (shape is None or len(shape) != 4):
+            raise BadInput(argument, name, f"gives {shape}, not maps [B, C, H, W]", "name a convolution")
+
+
+def identity_of(run: Any, **more: Any) -> dict[str, Any]:
+    """What a run of KD3 is recognised by: its settings, its teacher and its pool.
+
+    Args:
+        run: A `KD3`.
+        more: Arguments of `fit`.
+    """
+    names = (
+        "teacher_head", "student_head", "rho", "floor", "warmup", "follow_student", "share_classifier", "tau",
+        "weights", "temperature", "perturb_at",
+    )  # fmt: skip
+    settings = {name: getattr(run, name) for name in names}
+    made = {"beta": run.mix.beta, "projector": repr(run.projector), "augment": run.augment is not None}
+    hashes = {"teacher": hash_state(run.teacher.state_dict()), "pool": hash_state({"pool": run.pool})}
+    return {"kd3": {**settings, **made, **more, **hashes}}
+
+
+def suited(images: Tensor, model: nn.Module) -> Tensor:
+    """Images on a model's device and in its dtype."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    return images.to(device=parameter.device, dtype=parameter.dtype)
+
+
+@torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, head: str, size: int = 512) -> tuple[Tensor, Tensor]:
     """Logits `[B, C]` and the head's input `[B, D]`, in evaluation mode, without gradient, on the images' device."""
-    device = next(model.parameters()).device
     logits, features = [], []
     with frozen(model), taps.capture(model, head, inputs=True) as seen:
         for part in images.split(size):
-            logits.append(logits_of(model(part.to(device))).to(images.device))
+            logits.append(logits_of(model(suited(part, model))).to(images.device))
             features.append(seen[head].to(images.device))
     return torch.cat(logits), torch.cat(features)
 
@@ -198,9 +278,8 @@ def last_linear(model: nn.Module, images: Tensor, role: str) -> str:
     Raises:
         NoLinearHead: there is none.
     """
-    device = next(model.parameters()).device
     with torch.no_grad(), frozen(model):
-        classes = logits_of(model(images.to(device))).shape[-1]
+        classes = logits_of(model(suited(images, model))).shape[-1]
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes]
     if not names or not names[-1]:
         problem = f"has no linear layer with {classes} outputs whose weights could be read"

@@ -22,6 +22,7 @@ plain on-policy reverse KL, `OnPolicyReverseKL`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,8 +132,8 @@ class MiniLLM(Objective):
             if not 0.0 <= value <= 1.0:
                 raise BadInput(name, value, "is not between 0 and 1", "give a share")
         for name, value in (("kl_weight", kl_weight), ("lm_weight", lm_weight)):
-            if value < 0:
-                raise BadInput(name, value, "is below 0", "give a weight from 0 up")
+            if not 0.0 <= value < math.inf:
+                raise BadInput(name, value, "is not a weight", "give a number from 0 up")
         if reward_clip is not None and not reward_clip > 0:
             raise BadInput("reward_clip", reward_clip, "is not positive", "give a number above 0, or None")
         self.gamma, self.single_step, self.reward_clip = gamma, single_step, reward_clip
@@ -162,7 +163,8 @@ class MiniLLM(Objective):
             rewards = self.kl_weight * rewards + batch.get("bonus", 0.0)
             how = {"inclusive": self.inclusive, "normalise": self.normalise}
             gains = advantages(rewards, sample, self.gamma, **how)
-            scale = torch.where(text, 1 / counts["text_tokens"], 1 / counts["sample_tokens"]).to(theirs.dtype)
+            texts, samples = (1 / counts[name].double() for name in ("text_tokens", "sample_tokens"))
+            scale = torch.where(text, texts, samples).to(theirs.dtype)
         weight = batch.get("importance", torch.ones_like(gains))
         more = {**batch, "importance": weight, "advantage": gains, "plain": text, "scale": scale, "items": 1}
         found = self.parts(student, teacher if self.single_step else None, more)

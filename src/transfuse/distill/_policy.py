@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..core.batches import IGNORED
 from ..core.errors import BadInput
 from ..core.generate import pad_batch
-from ._base import is_causal
+from ..core.runs import check_positive, evaluating
+from ._base import is_causal, unwrapped
 
 __all__ = ["AdaptivePolicy", "Policy", "continuations", "continued", "ends_of", "pad_of", "prompts_of"]
 
@@ -25,7 +29,8 @@ class Policy(nn.Module):
 
     The other batches are the data's or, with `seq_kd`, the teacher's samples. A row's prompt is what comes before its
     first labelled token; the continuation, to and with its end-of-text token, takes the place of what follows, and is
-    what is predicted. No gradient passes through the sampling. Draws from the global random state, which training
+    what is predicted. It is drawn from the model's own distribution, whatever its `generation_config` says. No gradient
+    passes through the sampling. Draws from the global random state, which training
     seeds and checkpoints keep.
 
     Args:
@@ -34,6 +39,9 @@ class Policy(nn.Module):
         temperature: Of the sampling; top-k and top-p are off.
         prompt_tokens: Length of the prompt in rows whose tokens are all labelled; such rows are refused if None.
         seq_kd: Let the teacher continue the prompts of the batches that the student does not.
+
+    Attributes:
+        vocabulary: Only tokens below it are drawn; None for all. Set by `Distiller` where vocabularies are truncated.
 
     Raises:
         BadInput: an argument out of range.
@@ -51,12 +59,12 @@ class Policy(nn.Module):
         super().__init__()
         if not 0.0 <= fraction <= 1.0:
             raise BadInput("fraction", fraction, "is not a probability", "give a number from 0 to 1")
-        if max_new_tokens < 1:
-            raise BadInput("max_new_tokens", max_new_tokens, "is below 1", "give a positive number")
-        if not temperature > 0:
+        check_positive(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
+        if not 0 < temperature < math.inf:
             raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
         self.fraction, self.max_new_tokens = fraction, max_new_tokens
         self.temperature, self.prompt_tokens, self.seq_kd = temperature, prompt_tokens, seq_kd
+        self.vocabulary: int | None = None
         self._writers: tuple[nn.Module, ...] = ()  # in a tuple, so that the teacher is no submodule
 
     def prepare(self, teachers: Sequence[nn.Module]) -> None:
@@ -101,8 +109,9 @@ class Policy(nn.Module):
         rows = prompts_of(batch, self.prompt_tokens)
         device = next(student.parameters()).device
         return continuations(
-            student, rows, device, max_new_tokens=self.max_new_tokens, temperature=self.temperature
-        )
+            student, rows, device, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+            vocabulary=self.vocabulary,
+        )  # fmt: skip
 
 
 class AdaptivePolicy(Policy):
@@ -114,10 +123,11 @@ class AdaptivePolicy(Policy):
     [0, 1): new samples, which are also stored, if r < phi (1 - progress), or if r < phi while the buffer is not full;
     else as many stored ones as the batch has rows, drawn without replacement, if r < phi; else the data.
 
-    phi and the best loss are in checkpoints; the buffer is not, and fills again after a resumption.
+    phi and the best loss are in checkpoints; the buffer is not, and fills again after a resumption. A loss that is NaN
+    is no better one. Of several validation sets the mean counts.
 
     Args:
-        increase: Step of phi.
+        increase: Step of phi, from 0 to 1.
         buffer: Sequences kept, the oldest going first; a batch must fit in.
         **options: Those of `Policy` but `fraction`.
 
@@ -130,12 +140,18 @@ class AdaptivePolicy(Policy):
 
     def __init__(self, *, increase: float = 0.1, buffer: int = 1000, **options: Any):
         super().__init__(fraction=0.0, **options)
-        if buffer < 1:
-            raise BadInput("buffer", buffer, "is below 1", "give a positive number")
+        check_positive(buffer=buffer)
+        if not 0.0 <= increase <= 1.0:
+            raise BadInput("increase", increase, "is not between 0 and 1", "give a step of a probability")
         self.increase, self.buffer = increase, buffer
         self.stored: deque[tuple[list[int], list[int]]] = deque(maxlen=buffer)  # token ids, and their labels
         self.register_buffer("phi", torch.zeros((), dtype=torch.float64))
         self.register_buffer("best", torch.full((), torch.inf, dtype=torch.float64))
+
+    def prepare(self, teachers: Sequence[nn.Module]) -> None:
+        """As `Policy.prepare`; what an earlier run stored is dropped."""
+        super().prepare(teachers)
+        self.stored.clear()
 
     def replace(self, student: nn.Module, batch: dict[str, Any], *, progress: float) -> dict[str, Any]:
         rows = len(batch["input_ids"])
@@ -153,9 +169,10 @@ class AdaptivePolicy(Policy):
         return self.fixed(batch)
 
     def on_evaluate(self, loss: float) -> None:
-        if loss >= float(self.best):
+        if loss < float(self.best):
+            self.best.fill_(loss)
+        else:
             self.phi.copy_((self.phi + self.increase).clamp_max(1.0))
-        self.best.copy_(torch.minimum(self.best, torch.tensor(loss, dtype=torch.float64)))
 
 
 def prompts_of(batch: Mapping[str, Any], prompt_tokens: int | None = None) -> list[list[int]]:
@@ -186,9 +203,9 @@ def continuations(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    **options: Any,
+    vocabulary: int | None = None,
 ) -> dict[str, Any]:
-    """Sample continuations, batched, without dropout, and label them.
+    """Sample continuations from the model's own distribution, batched, without dropout, and label them.
 
     Args:
         student: A causal language model.
@@ -196,7 +213,7 @@ def continuations(
         device: Of the result.
         max_new_tokens: Longest continuation.
         temperature: Of the sampling.
-        **options: Further ones of `generate`.
+        vocabulary: Only tokens below it are drawn; None for all.
 
     Returns:
         `input_ids`, `attention_mask`, `labels` `[B, T]`, padded on the right; the prompt is not labelled, the end of
@@ -205,17 +222,44 @@ def continuations(
     model: Any = student
     pad, stops = pad_of(model), ends_of(model)
     ids, mask = pad_batch(prompts, pad, side="left")
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, top_k=0, top_p=1.0,
-                temperature=temperature, max_new_tokens=max_new_tokens, pad_token_id=pad, use_cache=True, **options,
-            )[:, ids.shape[1] :].tolist()  # fmt: skip
-    finally:
-        model.train(training)
+    processors = LogitsProcessorList([] if vocabulary is None else [_Below(vocabulary)])
+    with torch.no_grad(), evaluating(model), _plain_generation(model, pad, stops):
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, top_k=0, top_p=1.0,
+            temperature=temperature, max_new_tokens=max_new_tokens, use_cache=True, logits_processor=processors,
+        )[:, ids.shape[1] :].tolist()  # fmt: skip
     return continued(prompts, out, stops, pad, device)
+
+
+class _Below(LogitsProcessor):
+    """Rules out the tokens from a number on."""
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores = scores.clone()
+        scores[:, self.vocabulary :] = -math.inf
+        return scores
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any, pad: int, stops: set[int]) -> Iterator[None]:
+    """Neutral settings in the place of the model's own, which `generate` merges into whatever it is given."""
+    config = GenerationConfig(
+        pad_token_id=pad,
+        eos_token_id=sorted(stops) or None,
+        bos_token_id=model.generation_config.bos_token_id,
+    )
+    holders = [each for each in (model, unwrapped(model)) if "generation_config" in vars(each)]
+    kept = [each.generation_config for each in holders]
+    for each in holders:
+        each.generation_config = config
+    try:
+        yield
+    finally:
+        for each, own in zip(holders, kept, strict=True):
+            each.generation_config = own
 
 
 def continued(

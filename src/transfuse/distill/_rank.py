@@ -10,11 +10,13 @@ batch under each other, with the number of their prompt in `group`; `Distiller` 
     Distiller(student=model, teacher=copy.deepcopy(model), objective=DPO(beta=0.1), train_dataset=rows,
               data_collator=rank_collator(tokenizer))
 
-Each loss is a mean over prompts; prompts whose answers are all tied count, with nothing to learn from their order.
+Each loss is a mean over prompts; prompts whose answers are all tied count, with nothing to learn from their order but
+for PRO, a chain over all ranks: to it tied answers are ranked as they are written.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -210,7 +212,7 @@ class DPO(_Ranking):
 
     def __init__(self, *, beta: float = 0.1):
         super().__init__()
-        if not beta > 0:
+        if not 0 < beta < math.inf:
             raise BadInput("beta", beta, "is not positive", "give a number above 0")
         self.beta = beta
 
@@ -317,7 +319,7 @@ class RewardRanking(Objective):
 
 
 def _check_weights(rank: float, sft: float) -> None:
-    if rank < 0 or sft < 0 or rank + sft == 0:
+    if not (0 <= rank < math.inf and 0 <= sft < math.inf) or rank + sft == 0:
         raise BadInput(
             "sft_weight", f"{rank}, {sft}", "are not weights", "give numbers from 0 up, not both 0"
         )

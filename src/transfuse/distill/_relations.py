@@ -103,7 +103,7 @@ class AttentionRelation(LayerObjective):
             raise BadInput("relation", relation, "is not known", 'use "softmax" or "raw"')
         if heads is not None and heads < 1:
             raise BadInput("heads", heads, "is below 1", "give a positive number")
-        if len(weights) != 3 or min(weights) < 0:
+        if len(weights) != 3 or any(not 0 <= weight < float("inf") for weight in weights):
             raise BadInput("weights", weights, "are not three weights", "give those of Q, K and V")
         self.relation, self.heads, self.weights, self.causal = relation, heads, tuple(weights), causal
         self.attention_heads = (1, 1)

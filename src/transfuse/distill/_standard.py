@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ class Divergence(TokenObjective):
         compile: bool = False,
     ):
         super().__init__(kd_weight=kd_weight, ce_weight=ce_weight, rest=rest, compile=compile)
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
         self.temperature = temperature
 
@@ -174,11 +175,14 @@ class DecoupledKD(Divergence):
         **options: Those of `Divergence`.
 
     Raises:
-        BadInput: `rest="zero"`, under which a target that is not stored has no class.
+        BadInput: weights that are none; `rest="zero"`, under which a target that is not stored has no class.
     """
 
     def __init__(self, *, alpha: float = 1.0, beta: float = 1.0, **options: Any):
         super().__init__(**options)
+        if any(not 0 <= weight < math.inf for weight in (alpha, beta)) or alpha + beta == 0:
+            weights = f"{alpha}, beta = {beta}"
+            raise BadInput("alpha", weights, "are not weights", "give numbers from 0 up, not both 0")
         if self.rest == "zero":
             raise BadInput("rest", "zero", "leaves out targets that are not stored", 'use "bucket" with DKD')
         self.alpha, self.beta = alpha, beta

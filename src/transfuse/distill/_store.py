@@ -6,10 +6,12 @@ and log-probabilities two (float16): k = 64 costs 256 bytes per token at V <= 65
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,20 @@ class LogitStore:
     def bytes_per_token(self) -> float:
         """Bytes on disk per stored token."""
         return self._store.nbytes / max(self.tokens, 1)
+
+    def check_rows(self, dataset: Sequence[Any]) -> None:
+        """Refuse a data set that is not the one of the store, as far as token ids tell. Older stores hold none.
+
+        Raises:
+            BadInput: another number of rows, other rows, or rows in another order.
+        """
+        remedy = "capture the data set that is trained on"
+        if self.rows != len(dataset):
+            raise BadInput("teacher", self.rows, f"rows are stored, the data has {len(dataset)}", remedy)
+        stored: str | None = self._store.facts.get("ids")
+        found = None if stored is None else _ids_of(dataset)
+        if found is not None and found != stored:
+            raise BadInput("teacher", str(self.folder), "is of other rows, or of another order", remedy)
 
     def row(self, index: int) -> tuple[Tensor, Tensor]:
         """Ids int64 `[n, k]` and log-probabilities float32 `[n, k]` of row `index`'s n predicted tokens."""
@@ -119,7 +135,7 @@ class LogitStore:
             raise BadInput("dataset", "[]", "has no rows", "give at least one row")
         facts = {
             "k": k, "vocabulary": vocabulary, "rows": len(dataset), "data": data_identity(dataset),
-            "shard_rows": shard_rows,
+            "shard_rows": shard_rows, "ids": _ids_of(dataset),
         }  # fmt: skip
         collate = collator or pad_collator(0)
 
@@ -129,6 +145,18 @@ class LogitStore:
         with frozen(model):
             RowStore.fill(folder, facts, make, stem=_STEM, on_shard=on_shard)
         return cls(folder)
+
+
+def _ids_of(dataset: Sequence[Any]) -> str | None:
+    """A hash of all rows' token ids, in order; None where rows have none yet."""
+    digest = hashlib.sha256()
+    for i in range(len(dataset)):
+        row = dataset[i]
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            return None
+        ids = np.asarray(row["input_ids"], dtype=np.int64)
+        digest.update(f"{ids.shape}".encode() + ids.tobytes())
+    return digest.hexdigest()
 
 
 def _captured(

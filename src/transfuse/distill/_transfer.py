@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ..core.batches import data_identity, text_split
 from ..core.checkpoints import load_checkpoint
 from ..core.datasets import file_or_dataset
-from ..core.errors import BadInput
+from ..core.errors import BadInput, NotApplicable
 from ..core.files import atomic_write
 from ..core.lineage import write_lineage
 from ..core.runs import open_run
@@ -64,6 +64,9 @@ def distil(
         source, _ = load(teacher, dtype=str(student.dtype).removeprefix("torch."), device=str(student.device))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if options["stored_top_k"] is not None and source is not None:
+        if options["on_policy"]:
+            problem = "writes texts that a stored teacher has not read"
+            raise NotApplicable("on_policy", options["on_policy"], problem, "leave out stored_top_k")
         place = (scratch or Path(output)).parent / "logits"
         source = LogitStore.capture(
             source, rows, place, k=options["stored_top_k"], batch_size=options["batch_size"],

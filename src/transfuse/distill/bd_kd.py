@@ -50,7 +50,7 @@ from ..core.divergence import kl_terms
 from ..core.errors import BadInput, IncompatibleModels
 from ..core.runs import History
 from ..core.training import loop
-from ._base import Objective, Reader, Signal
+from ._base import Objective, Reader, Signal, settings_of
 from ._standard import Divergence, ForwardKL
 
 __all__ = [
@@ -300,6 +300,7 @@ class MutualDistiller:
             self.networks, batches, self.step, optimizer=rule, scheduler=scheduler, epochs=epochs,
             accumulation=accumulation, clip=clip, seed=seed, output_dir=output_dir, save_every=save_every,
             resume=resume, on_step=on_step,
+            identity={"mutual": [settings_of(each) for each in (self.objective, self.peer_objective)]},
         )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ each is computed (thresholds, weights w, MixStyle's exchange of statistics, the 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -56,11 +57,15 @@ from ._kd3 import (
     NothingSelected,
     Selection,
     SharedHead,
+    check_modules,
+    check_pool,
+    identity_of,
     install,
     last_linear,
     mix_distribution,
     outputs,
     select,
+    suited,
 )
 
 __all__ = [
@@ -87,8 +92,11 @@ def share_of_student(done: int, total: int, warmup: int = 2) -> float:
 
 
 def combined(teacher: Tensor, student: Tensor, share: float) -> Tensor:
-    """P = (1 - share) softmax(teacher) + share softmax(student), from logits `[B, C]`."""
-    return (1.0 - share) * _exact(teacher).softmax(-1) + share * _exact(student).softmax(-1)
+    """P = (1 - share) softmax(teacher) + share softmax(student) in float64, from logits `[B, C]`.
+
+    In float32 sure predictions round to 1, and the choice of the surest would take all of them.
+    """
+    return (1.0 - share) * teacher.double().softmax(-1) + share * student.double().softmax(-1)
 
 
 def importance(weight: Tensor, classes: Tensor) -> Tensor:
@@ -150,7 +158,7 @@ class KD3:
         teacher: The classifier, called with images; not changed.
         student: The network that is trained, called with images. With `share_classifier` its head is replaced when
             `fit` begins.
-        pool: Unlabelled images `[U, C, H, W]`.
+        pool: Unlabelled images `[U, C, H, W]`, floating-point; rows of it go to the models' devices and dtypes.
         teacher_head: Name of the teacher's classifier; by default its last linear layer with one output per class.
         student_head: The student's.
         rho: Share of each predicted class that is kept; None trains on the whole pool.
@@ -205,29 +213,25 @@ class KD3:
                 "rho", rho, "is not a share above 0", "give a number up to 1, or None for the pool"
             )
         for name, value in (("tau", tau), ("beta", beta), ("temperature", temperature)):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise BadInput(name, value, "is not positive", "give a number above 0")
-        if len(weights) != 3 or any(not weight >= 0 for weight in weights) or not sum(weights):
+        if len(weights) != 3 or any(not 0 <= weight < math.inf for weight in weights) or not sum(weights):
             remedy = "give soft labels', alignment's and contrast's, from 0 up and not all 0"
             raise BadInput("weights", tuple(weights), "are not three weights", remedy)
         if not floor >= 0 or warmup < 0:
             name, number = ("floor", floor) if not floor >= 0 else ("warmup", warmup)
             raise BadInput(name, number, "is negative", "give a number from 0 up")
-        if pool.dim() != 4 or len(pool) == 0:
-            raise BadInput("pool", tuple(pool.shape), "is no stack of images", "give images [U, C, H, W]")
+        check_pool(pool)
         self.teacher, self.student, self.pool = teacher, student, pool
         self.teacher_head = teacher_head or last_linear(teacher, pool[:2], "teacher")
         self.student_head = student_head or last_linear(student, pool[:2], "student")
-        for model, name in ((teacher, self.teacher_head), (student, self.student_head)):
-            taps.match(model, name)
-        if perturb_at is not None:
-            taps.match(student, perturb_at)
         self.rho, self.floor, self.warmup, self.follow_student = rho, floor, warmup, follow_student
         self.share_classifier, self.projector, self.augment = share_classifier, projector, augment
         self.tau, self.weights, self.temperature = tau, tuple(weights), temperature
         self.mix, self.perturb_at = MixDistribution(beta), perturb_at
         self.selections: list[Selection] = []
         self._psi: nn.Module | None = None  # made by `fit`
+        check_modules(self)
 
     def fit(
         self,
@@ -260,11 +264,14 @@ class KD3:
             resume: Go on from one.
 
         Raises:
-            BadInput: a pool smaller than one batch.
+            BadInput: a pool smaller than one batch, batches of one image, or a projector of another width.
             IncompatibleModels: student and teacher have different classes.
             NothingSelected: an epoch's selection is empty (a `RuntimeError`); it shows the confidences.
         """
         check_positive(epochs=epochs, batch_size=batch_size, max_steps=max_steps)
+        if batch_size == 1:
+            remedy = "give at least 2: an image is told from others of its batch"
+            raise BadInput("batch_size", 1, "image is no batch", remedy)
         if len(self.pool) < batch_size:
             remedy = "give more images or smaller batches"
             raise BadInput("pool", len(self.pool), f"images are less than one batch of {batch_size}", remedy)
@@ -275,16 +282,17 @@ class KD3:
             raise IncompatibleModels("teacher", z.shape[-1], problem, "use models with one label space")
         with seeded(seed):
             psi = self._psi = install(self, phi.shape[-1]) if self._psi is None else self._psi
-        memory = _Memory(len(self.pool), z.shape[-1])
+        memory = _Memory(len(self.pool), z.shape[-1]).to(self.pool.device)
         parts = {"student": self.student, "memory": memory}
         if not self.share_classifier and (self.weights[1] or self.weights[2]):
             parts["projector"] = psi
-        model = nn.ModuleDict(parts).to(self.pool.device)
+        model = nn.ModuleDict(parts)
         trained = [p for p in model.parameters() if p.requires_grad]
         rule = optimizer(trained) if optimizer else torch.optim.SGD(
             trained, lr=lr, momentum=momentum, weight_decay=weight_decay
         )  # fmt: skip
         self.selections = []
+        known = {} if output_dir is None else identity_of(self, batch_size=batch_size, max_steps=max_steps)
 
         def batches(epoch: int) -> Iterator[dict[str, Tensor]]:
             if int(memory.epoch) != epoch:  # a resumed epoch keeps its selection
@@ -305,13 +313,13 @@ class KD3:
 
         history = loop(
             model, batches, lambda batch: self._loss(batch, psi), optimizer=rule, epochs=epochs, seed=seed,
-            output_dir=output_dir, save_every=save_every, resume=resume,
+            output_dir=output_dir, save_every=save_every, resume=resume, identity=known,
         )  # fmt: skip
         self.student.eval()
         return history
 
     def _loss(self, batch: dict[str, Tensor], psi: nn.Module) -> dict[str, Tensor]:
-        x, z, phi = batch["x"], batch["z"], batch["phi"]
+        x, z, phi = suited(batch["x"], self.student), batch["z"], batch["phi"]
         if self.augment is not None:
             x = self.augment(x)
             z, phi = outputs(self.teacher, x, self.teacher_head)
@@ -350,7 +358,7 @@ class KD3:
         if isinstance(head, nn.Linear):
             return importance(head.weight.to(phi.device), classes)
         with frozen(head):
-            return gradient_importance(head, phi)
+            return gradient_importance(head, suited(phi, head)).to(phi.device)
 
 
 class _Memory(nn.Module):
@@ -361,5 +369,5 @@ class _Memory(nn.Module):
 
     def __init__(self, images: int, classes: int):
         super().__init__()
-        self.register_buffer("p", torch.zeros(images, classes))
+        self.register_buffer("p", torch.zeros(images, classes, dtype=torch.float64))
         self.register_buffer("epoch", torch.tensor(-1))

@@ -323,7 +323,8 @@ class ProCKD(Objective):
                 remedy = "name the modules from pooled tokens to logits"
                 raise BadInput("head", name, f"is no module of {type(student).__name__}", remedy)
         self._heads = [names[name] for name in self.head]
-        reads = next((m.in_features for m in self._heads if isinstance(m, nn.Linear)), None)
+        layers = (layer for head in self._heads for layer in head.modules())
+        reads = next((layer.in_features for layer in layers if isinstance(layer, nn.Linear)), None)
         width = reads if self.prototypes is None else self.prototypes.shape[-1]
         if reads is not None and reads != width:
             remedy = "tap the layer whose pooled tokens the head reads"

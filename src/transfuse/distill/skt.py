@@ -231,17 +231,26 @@ class SKT(Objective):
 
         Raises:
             IncompatibleModels: grids that differ between the models, or after pooling.
-            BadInput: a target that is negative or on another grid.
+            BadInput: a target that is missing, negative or on another grid.
+            NotApplicable: several teachers.
         """
         assert teacher is not None
+        if any(name not in teacher.taps for name in self.teacher_taps):
+            problem = "has no maps to compare with: those of several teachers cannot be averaged"
+            raise NotApplicable("teacher", sorted(teacher.taps), problem, "give one teacher")
         ours, theirs = _tapped(student, self.student_taps), _tapped(teacher, self.teacher_taps)
-        if not len(self.lifts):
-            for s, t in zip(ours, theirs, strict=True):
-                layer = nn.Conv2d(s.shape[1], t.shape[1], 1)
-                he(layer)
-                self.lifts.append(layer)
-            self.lifts.to(ours[0].device)
+        self.lifts = nn.ModuleList()
+        for s, t in zip(ours, theirs, strict=True):
+            layer = nn.Conv2d(s.shape[1], t.shape[1], 1)
+            he(layer)
+            self.lifts.append(layer)
+        self.lifts.to(ours[0].device)
         self(student, teacher, batch)
+
+    def evaluation(self, student: Signal, batch: Mapping[str, Any]) -> Tensor:
+        """The target's term alone: the squared error of the density, summed or averaged over places as in training."""
+        ours, target = self._density(student, batch)
+        return self._over((ours - target).square()).mean()
 
     def lifted(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The student's maps with the teacher's channels: ReLU(1x1 convolution)."""
@@ -258,18 +267,10 @@ class SKT(Objective):
 
     def forward(self, student: Signal, teacher: Signal | None, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         assert teacher is not None
-        ours, theirs = _exact(student.whole()), _exact(teacher.whole())
-        target = batch["labels"].to(device=ours.device, dtype=ours.dtype)
-        if target.shape != ours.shape:
-            sizes = (tuple(target.shape), tuple(ours.shape))
-            raise BadInput("labels", sizes[0], f"is not the student's map {sizes[1]}", "see shrink_density")
-        if bool((target < 0).any()):
-            raise BadInput("labels", float(target.min()), "is a negative density", "clamp the target at 0")
+        ours, target = self._density(student, batch)
+        theirs = _exact(teacher.whole())
         _same_maps([ours], [theirs])
-        over = (
-            (lambda x: x.flatten(1).sum(1)) if self.reduction == "sum" else (lambda x: x.flatten(1).mean(1))
-        )
-        parts = {"hard": over((ours - target).square()), "soft": over((ours - theirs).square())}
+        parts = {"hard": self._over((ours - target).square()), "soft": self._over((ours - theirs).square())}
         weights = {"hard": self.lambda_hard, "soft": self.lambda_soft}
         if self.lambda_intra or self.lambda_inter:
             with torch.autocast(ours.device.type, enabled=False):
@@ -287,6 +288,23 @@ class SKT(Objective):
         found = {name: value.mean() for name, value in parts.items()}
         loss = torch.stack([found[name] * weights[name] for name in found]).sum()
         return {"loss": loss, **found}
+
+    def _over(self, errors: Tensor) -> Tensor:
+        flat = errors.flatten(1)
+        return flat.sum(1) if self.reduction == "sum" else flat.mean(1)
+
+    def _density(self, student: Signal, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The student's map and the target."""
+        ours = _exact(student.whole())
+        if "labels" not in batch:
+            raise BadInput("labels", sorted(batch), "is a column the rows lack", "add a density map to each")
+        target = batch["labels"].to(device=ours.device, dtype=ours.dtype)
+        if target.shape != ours.shape:
+            sizes = (tuple(target.shape), tuple(ours.shape))
+            raise BadInput("labels", sizes[0], f"is not the student's map {sizes[1]}", "see shrink_density")
+        if bool((target < 0).any()):
+            raise BadInput("labels", float(target.min()), "is a negative density", "clamp the target at 0")
+        return ours, target
 
 
 def _exact(x: Tensor) -> Tensor:

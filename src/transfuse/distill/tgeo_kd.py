@@ -45,7 +45,7 @@ the four corners ("vertices", 4C).
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -54,39 +54,27 @@ import torch
 from torch import Tensor, nn
 
 from ..core.divergence import kl_terms
-from ..core.errors import BadInput, NotApplicable
-from ..core.runs import History
+from ..core.errors import BadInput, IncompatibleModels, NotApplicable
+from ..core.files import hash_state
+from ..core.runs import History, check_positive
 from ..core.training import loop, seeded
 from ._base import Reader, check_vocabulary, frozen, is_causal
-from ._bilevel import Alternating, Turns, as_loss, check_data, epoch_of, held_out_rows, mixing_slopes
+from ._bilevel import (
+    Alternating,
+    Turns,
+    as_loss,
+    check_data,
+    check_labels,
+    check_optimizer,
+    epoch_of,
+    held_out_rows,
+    mixing_slopes,
+)
+from ._trilateral import Features, TrilateralWeighting, trilateral_features
 
 __all__ = ["TGeoKD", "TrilateralWeighting", "class_means", "mixed_terms", "trilateral_features"]
 
-Features = Literal["full", "edges", "vertices"]
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
-_WIDTHS = {"full": 9, "edges": 3, "vertices": 4}
-
-
-def trilateral_features(
-    student: Tensor, teacher: Tensor, target: Tensor, mean: Tensor, kind: Features = "full"
-) -> Tensor:
-    """What the mixing network reads: corners and squared edges, element by element.
-
-    Args:
-        student: Probabilities S, `[B, C]`.
-        teacher: Probabilities P, `[B, C]`.
-        target: One-hot labels G, `[B, C]`.
-        mean: The teacher's mean probabilities of each sample's class, Pbar, `[B, C]`.
-        kind: "full", "edges" (those at S) or "vertices".
-
-    Returns:
-        `[B, 9C]`, `[B, 3C]` or `[B, 4C]`, in the order of the module's formula.
-    """
-    corners = [student, teacher, target, mean]
-    near = [(mean - student) ** 2, (target - student) ** 2, (teacher - student) ** 2]
-    far = [(teacher - target) ** 2, (mean - target) ** 2]
-    chosen = {"full": corners + near + far, "edges": near, "vertices": corners}
-    return torch.cat(chosen[kind], dim=-1)
 
 
 def class_means(probs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -136,58 +124,6 @@ def mixed_terms(
     return alpha * kd + (1.0 - alpha) * ce
 
 
-class TrilateralWeighting(nn.Module):
-    """The mixing network: from student, teacher and label to a ratio per sample.
-
-    Args:
-        num_classes: C.
-        hidden: Widths of its hidden layers, each followed by a leaky ReLU.
-        features: What it reads; see `trilateral_features`.
-
-    Attributes:
-        means: Pbar, a buffer `[C, C]`; uniform until it is set.
-
-    Raises:
-        BadInput: an argument out of range.
-    """
-
-    means: Tensor
-
-    def __init__(self, num_classes: int, *, hidden: Sequence[int] = (32, 16), features: Features = "full"):
-        super().__init__()
-        if num_classes < 2:
-            raise BadInput("num_classes", num_classes, "is below 2", "give the number of classes")
-        if features not in _WIDTHS:
-            raise BadInput("features", features, "is not known", f"use one of {', '.join(_WIDTHS)}")
-        if any(width < 1 for width in hidden):
-            raise BadInput("hidden", tuple(hidden), "holds a width below 1", "give positive widths")
-        self.num_classes, self.features = num_classes, features
-        widths = [_WIDTHS[features] * num_classes, *hidden]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [nn.Linear(before, after), nn.LeakyReLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
-        self.register_buffer("means", torch.full((num_classes, num_classes), 1.0 / num_classes))
-
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """The ratios; they take a gradient by this network's weights only.
-
-        Args:
-            student: Logits `[B, C]`.
-            teacher: Logits `[B, C]`.
-            labels: int64 `[B]`.
-
-        Returns:
-            alpha `[B]`, between 0 and 1, in float32 (float64 for a network in float64).
-        """
-        dtype = self.means.dtype
-        s, p = (torch.softmax(z.detach().to(dtype), dim=-1) for z in (student, teacher))
-        target = nn.functional.one_hot(labels, self.num_classes).to(dtype)
-        with torch.autocast(student.device.type, enabled=False):
-            delta = trilateral_features(s, p, target, self.means[labels], self.features)
-            return torch.sigmoid(self.net(delta)).squeeze(-1)
-
-
 class TGeoKD:
     """Bilevel distillation of a classifier with learned ratios per sample.
 
@@ -235,19 +171,18 @@ class TGeoKD:
         for name, model in (("student", student), ("teacher", teacher)):
             if is_causal(model):
                 raise NotApplicable(name, type(model).__name__, "predicts tokens", "give a classifier")
-        positive = {"temperature": temperature, "inner_lr": inner_lr, "outer_every": outer_every}
-        for name, value in {
-            **positive,
-            "mixing_lr": mixing_lr,
-            "mixing_weight_decay": mixing_weight_decay,
-        }.items():
-            if not value >= 0 or (name in positive and value == 0):
+        check_positive(num_classes=num_classes, outer_every=outer_every)
+        positive = {"temperature": temperature, "inner_lr": inner_lr}
+        more = {"mixing_lr": mixing_lr, "mixing_weight_decay": mixing_weight_decay}
+        for name, value in {**positive, **more}.items():
+            if not 0 <= value < math.inf or (name in positive and value == 0):
                 raise BadInput(name, value, "is out of range", "give a number above 0")
         if unroll not in ("exact", "difference"):
             raise BadInput("unroll", unroll, "is not known", 'use "exact" or "difference"')
         self.student, self.teacher, self.num_classes, self.seed = student, teacher, num_classes, seed
         self.temperature, self.inner_lr, self.outer_every = temperature, inner_lr, outer_every
         self.mixing_lr, self.mixing_weight_decay, self.unroll = mixing_lr, mixing_weight_decay, unroll
+        self.hidden = tuple(hidden)
         with seeded(seed):
             self.mixing = TrilateralWeighting(num_classes, hidden=hidden, features=features)
         self.mixing.to(next(student.parameters()).device)
@@ -267,19 +202,16 @@ class TGeoKD:
 
         Raises:
             BadInput: no batch, or a label that is no class.
-            IncompatibleModels: the teacher has another number of classes.
+            IncompatibleModels: student or teacher has another number of classes.
         """
         sums = torch.zeros(self.num_classes, self.num_classes, dtype=torch.float64)
         counts = torch.zeros(self.num_classes, dtype=torch.long)
         number = 0
         with frozen(self.teacher):
             for batch in batches:
-                labels = batch["labels"].cpu()
-                if labels.dim() != 1 or int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-                    raise BadInput(
-                        "train", tuple(labels.shape), f"has labels that are not classes below {self.num_classes}",
-                        "give one class per sample",
-                    )  # fmt: skip
+                labels = check_labels(batch, self.num_classes, "train")
+                if not number:
+                    self._check_student(batch)
                 logits = self._teacher_logits(batch).double().cpu()
                 check_vocabulary(logits.new_zeros(len(labels), self.num_classes), logits)
                 sums.index_add_(0, labels, torch.softmax(logits, dim=-1))
@@ -289,6 +221,18 @@ class TGeoKD:
             raise BadInput("train", 0, "batches are no data", "give at least one batch")
         self.mixing.means.copy_(_means(sums, counts))
         return number
+
+    def _check_student(self, batch: Mapping[str, Any]) -> None:
+        with frozen(self.student):
+            shape = tuple(self.readers[0](batch, grad=False).whole().shape)
+        if shape != (len(batch["labels"]), self.num_classes):
+            problem, remedy = f"is not the logits of {self.num_classes} classes", "give num_classes as it is"
+            raise IncompatibleModels("student", shape, problem, remedy)
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("num_classes", "temperature", "hidden", "inner_lr", "outer_every", "unroll")
+        made = {"features": self.mixing.features, "teacher": hash_state(self.teacher.state_dict())}
+        return {**{name: getattr(self, name) for name in names}, **made}
 
     def _teacher_logits(self, batch: Mapping[str, Any]) -> Tensor:
         return self.readers[1](batch, grad=False).whole()
@@ -344,7 +288,8 @@ class TGeoKD:
         Args:
             train: Dicts of the models' inputs and `labels`: an iterable that can be iterated again, or a function
                 of the epoch that returns one. Every epoch has the same number of batches.
-            validation: The same, of samples that are not trained on; gone through in turn.
+            validation: The same, of samples that are not trained on; gone through in turn, on over the epochs. Each
+                pass has the same number of batches and a random state of its own.
             epochs: Passes over `train`.
             lr: Learning rate of the student's Adam, where no `optimizer` is given.
             optimizer: The student's, over its parameters.
@@ -358,7 +303,9 @@ class TGeoKD:
             L_train at each update of the student.
 
         Raises:
-            BadInput: no validation data, data that can be gone through only once, labels that are no classes.
+            BadInput: no validation data, data that can be gone through only once, labels that are no classes, an
+                optimizer that is not the student's.
+            IncompatibleModels: student or teacher has another number of classes.
             NotApplicable: more than one process.
 
         Warns:
@@ -367,13 +314,15 @@ class TGeoKD:
         check_data(train, validation)
         assert validation is not None
         with seeded(self.seed):
-            held_out_rows(self.student, epoch_of(train, 0), epoch_of(validation, 0))
+            rows = epoch_of(train, 0), epoch_of(validation, 0)
+            held, data = held_out_rows(self.student, *rows, self.num_classes)
             number = self.measure(epoch_of(train, 0))
         own = optimizer or torch.optim.Adam((p for p in self.student.parameters() if p.requires_grad), lr=lr)
+        check_optimizer(own, self.student)
         mixing = torch.optim.Adam(
             self.mixing.parameters(), lr=self.mixing_lr, weight_decay=self.mixing_weight_decay
         )
-        order = Turns(number, self.outer_every)
+        order = Turns(number, self.outer_every, held)
 
         def step(item: Mapping[str, Any]) -> Tensor:
             if "held" in item:
@@ -384,13 +333,18 @@ class TGeoKD:
             if on_step is not None and order.inner(done - 1):
                 on_step(order.count(done), loss)
 
+        def passes(number: int) -> list[Any]:
+            with seeded((self.seed + number) % 2**32):  # so that a pass taken up again has its order
+                return list(epoch_of(validation, number))
+
         models = nn.ModuleDict({"student": self.student, "mixing": self.mixing})
+        known = {} if output_dir is None else {"tgeo_kd": {**self._settings(), "data": data}}
         self.figures, self._said = [], None
         with frozen(self.teacher):
             history = loop(
-                models, lambda epoch: order.items(epoch_of(train, epoch), epoch_of(validation, epoch)), step,
+                models, lambda epoch: order.items(epoch_of(train, epoch), passes, epoch), step,
                 optimizer=Alternating(own, mixing), epochs=epochs, clip=clip, seed=self.seed,
-                output_dir=output_dir, save_every=save_every, resume=resume, on_step=told,
+                output_dir=output_dir, save_every=save_every, resume=resume, on_step=told, identity=known,
             )  # fmt: skip
         losses = [loss for i, loss in enumerate(history.losses) if order.inner(i)]
         return History(losses, history.seconds, order.count(history.resumed_at))
