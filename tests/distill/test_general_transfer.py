@@ -245,6 +245,10 @@ def test_transfer_rate_by_hand():
     assert transfer_rate(start, teacher, teacher, labels) == pytest.approx(100.0)
     assert transfer_rate(start, start, teacher, labels) == 0.0
     assert math.isnan(transfer_rate(start, end, start, labels))
+    nothing = labels[:0]
+    for given in ((nothing,) * 4, (start, end, teacher, nothing), (start, end[:3], teacher, labels)):
+        with pytest.raises(BadInput, match="labels"):
+            transfer_rate(*given)
 
 
 def test_the_study_of_two_models_runs_in_evaluation_mode_and_restores_it():
@@ -263,6 +267,18 @@ def test_the_study_of_two_models_runs_in_evaluation_mode_and_restores_it():
     )
     with pytest.raises(BadInput, match="shuffle"):
         complementarity(a, b, loader)
+
+
+def test_the_study_compares_label_spaces():
+    wide = Net(2)
+    wide[3] = nn.Linear(8, 6)
+    with pytest.raises(IncompatibleModels, match="label space"):
+        complementarity(Net(1), wide, data())
+    pair = [Net(1), Net(1)]
+    for model, names in zip(pair, ("abcd", "dcba"), strict=True):
+        model.config = SimpleNamespace(id2label=dict(enumerate(names)))
+    with pytest.raises(IncompatibleModels, match="class"):
+        complementarity(*pair, data())
 
 
 def test_the_study_of_language_models_counts_tokens():
@@ -307,12 +323,58 @@ def test_calibration_finds_the_temperature_that_made_the_labels():
     assert calibrate(z, z.argmax(-1)) == pytest.approx(0.01)  # the bound
 
 
+def test_calibration_leaves_out_what_no_temperature_fits():
+    """Rows without a class, classes that are ruled out, and rows whose class is ruled out."""
+    g = generator(0)
+    z = 3 * torch.randn(5_000, 4, generator=g, dtype=torch.float64)
+    labels = torch.multinomial(torch.softmax(z[:, :3] / 2.5, -1), 1, generator=g).squeeze(1)
+    wanted = calibrate(z[:, :3], labels)
+    z[:, 3] = -math.inf
+    assert calibrate(z, labels) == pytest.approx(wanted) == pytest.approx(2.5, rel=0.1)
+    more = torch.cat([labels, torch.tensor([-100, 3])])
+    assert calibrate(torch.cat([z, z[:2]]), more) == pytest.approx(wanted)
+    assert calibrate(torch.tensor([[0.0, -math.inf], [1.0, -math.inf]]), torch.tensor([0, 0])) == 1.0
+    assert calibrate(torch.zeros(3, 2), torch.tensor([0, 1, 1])) == 1.0
+    for logits, bad in (
+        (z[:0], labels[:0]),
+        (z[:2], torch.tensor([-100, -100])),
+        (z[:1], torch.tensor([3])),
+        (z[:2], labels[:3]),
+        (z[:2] * math.nan, labels[:2]),
+    ):
+        with pytest.raises(BadInput, match=r"labels|logits"):
+            calibrate(logits, bad)
+
+
+def test_the_surer_of_two_sure_models():
+    """Probabilities that float32 rounds to 1 still differ, and so do those that it rounds to 0."""
+    ours, theirs = torch.tensor([[20.0, 0.0], [0.0, 200.0]]), torch.tensor([[40.0, 0.0], [0.0, 120.0]])
+    assert choose(ours, [theirs], torch.tensor([0, 0]))[1].tolist() == [1, 1]
+    assert choose(ours, [theirs])[1].tolist() == [1, 0]
+    masked = torch.tensor([[5.0, -math.inf]])
+    assert choose(masked, [masked], torch.tensor([0]))[1].tolist() == [0]
+
+
+def test_temperatures_for_other_models_are_refused():
+    z = torch.zeros(2, 3)
+    for temperatures in ([1.0, 1.0], [1.0] * 4, []):
+        with pytest.raises(BadInput, match="temperatures"):
+            choose(z, (z for _ in range(2)), temperatures=temperatures)
+
+
 def test_soup_is_the_mean():
     states = [Net(i, norm=True).state_dict() for i in (1, 2, 3)]
     mean = soup(states)
     assert torch.allclose(mean["0.weight"], sum(s["0.weight"] for s in states) / 3)
     assert mean["1.num_batches_tracked"].dtype == torch.int64
     assert mean.keys() == states[0].keys()
+    for wrong in (
+        [],
+        [{"a": torch.ones(2)}, {"b": torch.ones(2)}],
+        [{"a": torch.ones(2)}, {"a": torch.ones(3)}],
+    ):
+        with pytest.raises(BadInput, match="states"):
+            soup(wrong)
 
 
 # --- training --------------------------------------------------------------------------------------------
@@ -405,6 +467,18 @@ def test_the_order_of_a_sequence():
         assert numbers == ([0, 1] if order == "given" else expected)
 
 
+@pytest.mark.parametrize("order", ["given", "ascending", "descending"])
+def test_the_global_random_state_stays(order):
+    x = torch.randn(24, 6, generator=generator(0))
+    loader = torch.utils.data.DataLoader(
+        [{"x": row, "labels": row[:4].argmax(-1)} for row in x], batch_size=12, shuffle=True
+    )
+    student, teachers = Net(1), [Net(2), Net(3)]
+    before = torch.get_rng_state()
+    GeneralTransfer(student, teachers, mode="sequential", order=order).fit(loader, epochs=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_soup_averages_separate_transfers():
     teachers = [Net(2), Net(3)]
     found, ends = Net(1), []
@@ -431,6 +505,25 @@ def test_slow_weights_by_hand():
             theta = {name: 0.75 * value + 0.25 * now[name] for name, value in theta.items()}
     assert len(fast) == 8
     assert all(torch.allclose(student.state_dict()[name], value, atol=1e-7) for name, value in theta.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_slow_weights_move_in_half_precision(dtype):
+    """Steps of 1 - tau are smaller than a half precision's digits: they are summed in float32."""
+    fast: list[dict] = []
+    student, teacher = (Net(i).to(dtype) for i in (1, 2))
+    theta = {name: value.double() for name, value in state(student).items()}
+    batches = [{key: v.to(dtype) if key == "x" else v for key, v in batch.items()} for batch in data()(0)]
+    method = GeneralTransfer(student, teacher, alpha=0.68, tau=0.999, every=1)
+    method.fit(batches, epochs=30, lr=0.5, on_step=lambda *_: fast.append(state(student)))
+    for now in fast:
+        theta = {name: 0.999 * value + 0.001 * now[name].double() for name, value in theta.items()}
+    start = Net(1).to(dtype).state_dict()
+    assert any(not torch.equal(value.to(dtype), start[name]) for name, value in theta.items())
+    for name, value in student.state_dict().items():
+        assert value.dtype == dtype
+        close = {"rtol": 8e-3, "atol": 1e-5} if dtype == torch.bfloat16 else {"rtol": 1e-12}
+        assert torch.allclose(value.double(), theta[name], **close), name
 
 
 def test_the_papers_rates_are_scaled_by_the_batch():
@@ -507,6 +600,18 @@ def test_it_resumes_with_its_slow_weights(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    def fit(teacher=2, **options):
+        method = GeneralTransfer(Net(1), Net(teacher), **options)
+        return method.fit(data(), epochs=1, lr=0.1, output_dir=tmp_path)
+
+    fit()
+    assert fit()[0].history.resumed_at
+    for other in ({"alpha": 0.5}, {"temperature": 2.0}, {"partition": "confidence"}, {"teacher": 3}):
+        with pytest.raises(BadInput, match="other arguments"):
+            fit(**other)
+
+
 def test_labels_are_not_needed_for_confidence():
     student = Net(1)
     stages = GeneralTransfer(student, Net(2), partition="confidence").fit(
@@ -517,6 +622,40 @@ def test_labels_are_not_needed_for_confidence():
     for options in ({"partition": "labels"}, {"partition": "none", "alpha": 0.5}):
         with pytest.raises(BadInput, match="labels"):
             GeneralTransfer(Net(1), Net(2), **options).fit(data(labels=False))
+
+
+def test_a_later_batch_without_labels():
+    batches = [dict(next(iter(data()(0)))), {"x": torch.zeros(3, 6)}]
+    for options in ({}, {"partition": "none", "alpha": 0.5}):
+        with pytest.raises(BadInput, match="labels"):
+            GeneralTransfer(Net(1), Net(2), **options).fit(batches, epochs=1)
+
+
+class Tagger(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        with seeded(seed):
+            self.table = nn.Embedding(9, 4)
+
+    def forward(self, input_ids):
+        return self.table(input_ids)
+
+
+def test_padding_without_labels_does_not_count():
+    ids = torch.randint(1, 9, (3, 5), generator=generator(0))
+    found = []
+    for left, right in ((0, 0), (0, 3), (2, 1)):
+        batch = {
+            key: nn.functional.pad(value, (left, right))
+            for key, value in {"input_ids": ids, "attention_mask": torch.ones_like(ids)}.items()
+        }
+        student = Tagger(1)
+        method = GeneralTransfer(student, Tagger(2), partition="confidence")
+        stages = method.fit([batch], epochs=2, lr=0.5, weight_decay=0.0)
+        found.append((stages[0].history.losses, stages[0].teacher_share))
+        assert torch.equal(student.table.weight[0], Tagger(1).table.weight[0])
+    for losses, share in found[1:]:
+        assert losses == pytest.approx(found[0][0]) and share == found[0][1]
 
 
 def test_language_models_token_by_token():
@@ -592,6 +731,9 @@ def test_bad_models():
         GeneralTransfer(student, Net(2)).fit(data(), optimizer="lion")
     with pytest.raises(BadInput, match="batches"):
         GeneralTransfer(student, Net(2)).fit([])
+    for options in ({"accumulation": 0}, {"epochs": 0}, {"save_every": 0}, {"accumulation": 1.5}):
+        with pytest.raises(BadInput, match=next(iter(options))):
+            GeneralTransfer(student, Net(2)).fit(data(), **options)
 
 
 def test_classes_in_another_order_are_refused(tiny_tokenizer):

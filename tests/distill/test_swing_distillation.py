@@ -14,6 +14,8 @@ from transfuse.core.errors import BadInput
 from transfuse.core.training import generator, seeded
 from transfuse.distill import Distiller
 from transfuse.distill._base import Signal
+from transfuse.distill._policy import AdaptivePolicy, Policy
+from transfuse.distill._rows import Collator
 from transfuse.distill.swing_distillation import (
     SwingDistillation,
     TokenPrivacyScorer,
@@ -198,6 +200,26 @@ def test_labels_of_private_tokens_do_not_count():
     assert float(ours) == pytest.approx(float(expected))
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_rows_of_a_classifier_without_a_class_are_left_out(stored):
+    """Of both means, whatever their score is."""
+    g = generator(0)
+    z, t = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    labels, scores = torch.tensor([1, -100, 2, 0, -100]), torch.tensor([0.0, 7.0, 0.2, 0.7, math.nan])
+    keep = labels != -100
+    log_p, ids = torch.log_softmax(t, -1).topk(2)
+
+    def loss(rows):
+        teacher = Signal(sparse=(ids[rows], log_p[rows])) if stored else Signal(logits=t[rows])
+        given = {"labels": labels[rows], "privacy": scores[rows]}
+        return SwingDistillation(kd_weight=0.5, **CALM)(Signal(logits=z[rows]), teacher, given)
+
+    whole, part = loss(torch.ones(5, dtype=torch.bool)), loss(keep)
+    assert {name: float(v) for name, v in whole.items()} == {name: float(v) for name, v in part.items()}
+    none = loss(~keep)
+    assert float(none["loss"]) == 0.0
+
+
 def test_half_private_is_private():
     student, _, given = batch()
     given["privacy"] = torch.full_like(given["privacy"], 0.5)
@@ -222,6 +244,9 @@ def test_a_budget_sets_the_noise_of_all_tokens():
     objective = SwingDistillation(epsilon=0.5, sensitivity=3.0)
     assert objective.sigma(torch.tensor([0.0, 1.0])).tolist() == [6.0, 6.0]
     assert SwingDistillation().sigma(torch.tensor([0.0, 0.5, 1.0])).tolist() == pytest.approx([0.1, 2.1, 4.1])
+    marks = torch.tensor([0, 1])
+    assert SwingDistillation(epsilon=2.0).sigma(marks).tolist() == [0.5, 0.5]
+    assert SwingDistillation().sigma(marks).tolist() == pytest.approx([0.1, 4.1])
 
 
 def test_noise_moves_the_target_and_takes_no_gradient():
@@ -288,7 +313,10 @@ def test_it_resumes_its_noise(tmp_path):
         ("tau_max", {"tau_max": 1.0}), ("tau_base", {"tau_base": 0.0}), ("sigma_0", {"sigma_0": -1.0}),
         ("sigma_1", {"sigma_1": math.nan}), ("kd_weight", {"kd_weight": 1.5}), ("epsilon", {"epsilon": 0.0}),
         ("noise", {"noise": "uniform"}), ("student_tau", {"student_tau": "max"}), ("rest", {"rest": "none"}),
-        ("sensitivity", {"sensitivity": -1.0}),
+        ("sensitivity", {"sensitivity": -1.0}), ("seed", {"seed": -1}), ("seed", {"seed": 1.5}),
+        ("tau_base", {"tau_base": math.inf, "tau_max": math.inf}), ("tau_max", {"tau_max": math.inf}),
+        ("sigma_0", {"sigma_0": math.inf}), ("sigma_1", {"sigma_1": math.inf}),
+        ("sensitivity", {"sensitivity": math.inf, "epsilon": 1.0}),
     ],
 )  # fmt: skip
 def test_bad_input(name, given):
@@ -317,6 +345,75 @@ def test_scores_out_of_range_or_shape():
 def test_a_data_set_without_scores_is_refused(tmp_path):
     with pytest.raises(BadInput, match="privacy"):
         trainer(tmp_path, data=rows())
+
+
+@pytest.mark.parametrize("policy", [Policy(prompt_tokens=2), AdaptivePolicy(prompt_tokens=2)])
+def test_a_policy_has_no_scores_for_what_it_writes(tmp_path, policy):
+    teacher, student = make_tiny("llama", seed=1, layers=2), make_tiny("llama", seed=2, layers=1)
+    with pytest.raises(BadInput, match=r"policy.*privacy.*leave it out"):
+        Distiller(
+            student=student, teacher=teacher, objective=SwingDistillation(), train_dataset=scored(),
+            args=arguments(tmp_path), policy=policy,
+        )  # fmt: skip
+
+
+# --- the column in a batch ---------------------------------------------------------------------------------
+
+
+def ragged(side, masked=True):
+    """A collator that pads on a side, to a multiple of four."""
+
+    def collate(given):
+        length = 4 * math.ceil(max(len(row["input_ids"]) for row in given) / 4)
+
+        def padded(values, fill):
+            more = [fill] * (length - len(values))
+            return more + list(values) if side == "left" else list(values) + more
+
+        fills = {"input_ids": 0, "labels": -100, **({"attention_mask": 0} if masked else {})}
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in given]
+        return {key: torch.tensor([padded(row[key], fill) for row in rows]) for key, fill in fills.items()}
+
+    return collate
+
+
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "privacy": [0.0, 0.1, 0.2, 0.3, 0.4]},
+    {"input_ids": [5, 6], "labels": [5, 6], "privacy": [0.5, 0.6]},
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scores_stand_where_the_tokens_do(side):
+    batch = Collator(ragged(side), ("privacy",))(ROWS)
+    assert batch["privacy"].shape == batch["labels"].shape
+    for i, row in enumerate(ROWS):
+        assert batch["privacy"][i][batch["labels"][i] != -100].tolist() == pytest.approx(row["privacy"])
+    assert float(batch["privacy"].sum()) == pytest.approx(sum(sum(row["privacy"]) for row in ROWS))
+
+
+def test_columns_that_are_not_per_token_are_padded_on_the_right():
+    given = [{**row, "more": torch.full((i + 1, 2), 7)} for i, row in enumerate(ROWS)]
+    for masked in (True, False):
+        batch = Collator(ragged("left", masked), ("more",))(given)
+        assert batch["more"][0].tolist() == [[7, 7], [0, 0]] and batch["more"].shape == (2, 2, 2)
+
+
+def test_a_run_does_not_depend_on_the_side_of_the_padding(tmp_path):
+    rows_ = scored(6)
+    for i, row in enumerate(rows_):
+        for key in row:
+            row[key] = row[key][: 10 - 3 * (i % 3)]
+    found = []
+    for side in ("right", "left"):
+        made = Distiller(
+            student=make_tiny("llama", seed=2, layers=1), teacher=make_tiny("llama", seed=1, layers=2),
+            objective=SwingDistillation(**CALM), train_dataset=rows_, data_collator=ragged(side),
+            args=arguments(tmp_path, max_steps=3),
+        )  # fmt: skip
+        made.train()
+        found.append(made.losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 # --- scorers -----------------------------------------------------------------------------------------------
@@ -352,6 +449,31 @@ def test_the_default_patterns(tiny_tokenizer):
         assert secret in found and "She" not in found and "down" not in found, (secret, found)
     for harmless in ("In 1687 it was built.", "Version 3.11 of the text", "A question: who? 42!"):
         assert not score([tiny_tokenizer(harmless)["input_ids"]]).any(), harmless
+
+
+LETTERS = [chr(i) for i in range(128)]
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["(555)123-4567", "(555) 123-4567", "555.123.4567", "555-123-4567", "555-1234", "030/1234567", "0171 2345678",
+     "(030) 1234567", "+49 30 1234567", "+1 555 123 4567", "+442071838750"],
+)  # fmt: skip
+def test_telephone_numbers(number):
+    score = TokenPrivacyScorer.from_regex(LETTERS)
+    for before, after in (("call ", " now"), ("", "."), ("tel: ", ", or"), ("(at ", ")")):
+        found = score([[ord(c) for c in before + number + after]])[0].tolist()
+        kept = "".join(c for c, s in zip(before + number + after, found, strict=True) if s)
+        assert kept.strip("(+)") == number.strip("(+)"), (number, kept)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from 1990 to 1995", "1990-1995", "3.14159", "about 3.1415 of 100.25", "version 1.2.3", "12.05", "room 101",
+     "pages 12-17", "1.234", "10,000", "007", "0.12345", "in 04/2021", "x555-12", "a 50-50 split", "route 66.5"],
+)  # fmt: skip
+def test_plain_numbers_are_not_private(text):
+    assert not TokenPrivacyScorer.from_regex(LETTERS)([[ord(c) for c in text]]).any()
 
 
 def test_a_word_list(tiny_tokenizer):
@@ -409,6 +531,33 @@ def test_what_the_teacher_knows_and_the_public_does_not():
     assert whole[:3] != scores[:3]
 
 
+class Ruled(Bigram):
+    """Gives token 4 no probability."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids).index_fill(-1, torch.tensor(4), -math.inf)
+
+
+def test_what_a_model_rules_out_has_a_score():
+    row = [0, 4, 1]
+    for teacher, public, expected in ((Ruled, Ruled, 0.0), (Bigram, Ruled, 1.0), (Ruled, Bigram, 0.0)):
+        scores = TokenPrivacyScorer.from_reference(teacher(0), public(1))([row])[0].tolist()
+        assert scores[1] == expected and not math.isnan(scores[2])
+
+
+def test_token_ids_may_be_tensors():
+    """Of which two equal ones are two keys of a dictionary."""
+    table = torch.tensor([[1, 2], [1, 3], [1, 2], [1, 1]])
+    row = [1, 2, 3, 9]
+    for rows_ in (table, list(table), [list(each) for each in table], table.numpy()):
+        scorer = TokenPrivacyScorer.from_rarity(rows_)
+        for ids in ([row], torch.tensor([row]), [torch.tensor(row)], [list(torch.tensor(row))]):
+            assert scorer(ids)[0].tolist() == pytest.approx([0.0, 0.5, 1.0, 1.0])
+        assert scorer.annotate([{"input_ids": torch.tensor(row)}])[0]["privacy"] == pytest.approx(
+            [0, 0.5, 1, 1]
+        )
+
+
 def test_rare_tokens():
     scorer = TokenPrivacyScorer.from_rarity([[1, 2], [1, 3], [1, 2], [1, 1]])
     found = scorer([[1, 2, 3, 9]])[0].tolist()
@@ -457,6 +606,8 @@ def test_recall_is_reported():
         (lambda: TokenPrivacyScorer.from_regex([], ["a"], score=2.0), "score"),
         (lambda: TokenPrivacyScorer.from_dictionary([], []), "words"),
         (lambda: TokenPrivacyScorer.from_dictionary([], [" "]), "words"),
+        (lambda: TokenPrivacyScorer.from_dictionary([], "ines"), "words"),
+        (lambda: TokenPrivacyScorer.from_ner([], lambda text: [], labels="PER"), "labels"),
         (lambda: TokenPrivacyScorer.from_dictionary([], {"a": -1.0}), "words"),
         (lambda: TokenPrivacyScorer.from_reference(Bigram(0), Bigram(1), kappa=0.0), "kappa"),
         (lambda: TokenPrivacyScorer.from_rarity([[1]]), "rows"),

@@ -290,6 +290,111 @@ def test_nothing_is_left_behind():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+class Nested(nn.Module):
+    """`stem`, `block`, `top`, and `aside`, which nothing reads; `top` comes first by its name's place."""
+
+    def __init__(self, seed, width):
+        super().__init__()
+        with seeded(seed):
+            self.early, self.top, self.block = Block(width), Block(width), Block(width)
+            self.stem, self.aside, self.head = nn.Linear(6, width), nn.Linear(6, width), nn.Linear(width, 2)
+
+    def forward(self, input):
+        self.aside(input)
+        return self.head(self.top(self.block(self.early(self.stem(input)))))
+
+
+def test_cuts_that_do_not_cut_are_refused():
+    """A place inside the other, one that runs before the other, one that nothing reads."""
+    model, hidden = Nested(1, 8), torch.randn(4, 8)
+    with pytest.raises(BadInput, match="lower"):
+        Cut(model, "block", "block.a")
+    with pytest.raises(BadInput, match="not above"):
+        resume_from(model, "block", hidden, batch={"input": torch.zeros(4, 6)}, to="block.a")
+    good = ("early", "top")
+    for cuts, name in (
+        ({"student_layers": good, "teacher_layers": ("top", "block")}, "teacher_layers"),
+        ({"student_layers": ("early", "aside"), "teacher_layers": good}, "student_layers"),
+        ({"student_layers": good, "teacher_layers": ("early", "aside")}, "teacher_layers"),
+    ):
+        student = Nested(1, 8)
+        talking = TalkingModels(student, Nested(2, 10), **cuts)
+        with pytest.raises(BadInput, match=f"{name}.*do not cut"):
+            talking.fit(data())
+        assert torch.equal(student.head.weight, Nested(1, 8).head.weight)
+    TalkingModels(Nested(1, 8), Nested(2, 10), student_layers=good, teacher_layers=good).fit(data(), epochs=1)
+
+
+def Maps(seed, width, *, inplace=True, norm=False, stride=1):
+    """Cut at convolutions, with what writes in place after them."""
+    with seeded(seed):
+        norms = [nn.BatchNorm2d(width)] if norm else []
+        return nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1, stride=stride), nn.ReLU(inplace),
+            nn.Conv2d(width, width, 3, padding=1), *norms, nn.ReLU(inplace),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3),
+        )  # fmt: skip
+
+
+def pictures(count=12):
+    x = torch.randn(count, 1, 6, 6, generator=generator(0))
+    return [{"input": x, "labels": (x.mean((1, 2, 3)) > 0).long()}]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("place", [("0", "2"), ("1", "3"), ("1", "2")])
+def test_modules_that_write_in_place_change_nothing(place, stride):
+    """Neither the states that were read nor what was decoded is overwritten, means or not."""
+    found = []
+    for inplace in (False, True):
+        talking = TalkingModels(
+            Maps(1, 4, inplace=inplace), Maps(2, 6, inplace=inplace, stride=stride), rounds=2,
+            student_layers=place, teacher_layers=place,
+        )  # fmt: skip
+        found.append((talking.fit(pictures(), epochs=3).losses, talking.figures))
+        assert talking._means == (stride == 2)
+    assert found[0] == found[1]
+
+
+def test_a_resumed_state_is_not_written_into():
+    model, hidden = Maps(1, 4), torch.randn(2, 4, 6, 6)
+    kept = hidden.clone()
+    resume_from(model, "2", hidden)
+    assert torch.equal(hidden, kept)
+    spread = from_places(torch.randn(2, 1, 4), hidden)
+    spread.relu_()
+
+
+@pytest.mark.parametrize("kind", [None, "own"])
+def test_running_statistics_are_those_of_the_students_own_pass(kind):
+    class Own(nn.Sequential):  # resumed by running it whole
+        def forward(self, input):
+            return super().forward(input)
+
+    student, teacher = Maps(1, 4, norm=True), Maps(2, 6, norm=True)
+    if kind:
+        student, teacher = Own(*student), Own(*teacher)
+    fresh = copy.deepcopy(student)
+    norm, batch = student[3], pictures()[0]
+    TalkingModels(student, teacher, student_layers=("0", "2"), teacher_layers=("0", "2"), rounds=2).fit(
+        [batch] * 3, epochs=1, lr=0.0
+    )
+    for _ in range(3):
+        fresh.train()(batch["input"])
+    assert int(norm.num_batches_tracked) == 3 and norm.track_running_stats
+    assert torch.allclose(norm.running_mean, fresh[3].running_mean, atol=1e-6)
+    assert torch.allclose(norm.running_var, fresh[3].running_var, atol=1e-6)
+
+
 def test_default_places():
     assert default_cut(MLP(1, 8)) == ("0", "3")
     assert default_cut(make_tiny("llama", layers=6)) == ("model.layers.1", "model.layers.5")
@@ -486,6 +591,48 @@ def test_maps_and_means():
     TalkingModels(Conv(1, (3, 4), 1), Conv(2, (5, 6), 1), pooled=True, **cut).fit(batches, epochs=1)
 
 
+class Texts(nn.Module):
+    def __init__(self, seed, width):
+        super().__init__()
+        with seeded(seed):
+            self.table, self.low = nn.Embedding(20, width), nn.Linear(width, width)
+            self.high, self.head = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, input_ids):
+        return self.head(self.high(torch.relu(self.low(self.table(input_ids)))).mean(1))
+
+
+def test_sequences_of_the_teachers_own_are_exchanged_as_means():
+    """Whatever the lengths of the first batch: that they are equal there means nothing."""
+    g = generator(0)
+
+    def batch(ours, theirs):
+        ids = [torch.randint(0, 20, (4, n), generator=g) for n in (ours, theirs)]
+        return {"input_ids": ids[0], "theirs": ids[1], "labels": torch.tensor([0, 1, 0, 1])}
+
+    cut = {"student_layers": ("low", "high"), "teacher_layers": ("low", "high")}
+    for batches in ([batch(5, 5), batch(5, 6)], [batch(5, 6), batch(5, 5)]):
+        talking = TalkingModels(
+            Texts(1, 8), Texts(2, 10), teacher_inputs=lambda b: {"input_ids": b["theirs"]}, **cut
+        )
+        talking.fit(batches, epochs=2)
+        assert talking._means is True
+    own = TalkingModels(Texts(1, 8), Texts(2, 10), **cut)
+    own.fit([batch(5, 5)], epochs=1)
+    assert own._means is False
+
+
+def test_a_batch_without_labelled_rows_has_no_task():
+    batches = list(data()(0))
+    batches[1] = {**batches[1], "labels": torch.full_like(batches[1]["labels"], -100)}
+    talking = TalkingModels(MLP(1, 8), MLP(2, 16), interact=0.5, **PLACES)
+    talking.fit(batches, epochs=1)
+    assert talking.figures[1]["task"] == 0.0 < talking.figures[0]["task"]
+    assert (
+        float(distance(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), torch.zeros(2, 1, dtype=torch.bool))) == 0.0
+    )
+
+
 def test_numbers_as_labels_and_the_teachers_own_inputs():
     x = torch.randn(30, 6, generator=generator(0))
     batches = [{"input": x, "wide": x.repeat(1, 2), "labels": x[:, 0]}]
@@ -545,6 +692,18 @@ def test_it_resumes(tmp_path):
         run(tmp_path / "run", 5)
     again = run(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    def fit(teacher=2, **options):
+        talking = TalkingModels(MLP(1, 8), MLP(teacher, 16), **{**PLACES, **options})
+        return talking.fit(data(), epochs=1, output_dir=tmp_path)
+
+    fit()
+    assert fit().resumed_at
+    for other in ({"interact": 0.5}, {"normalise": True}, {"teacher_layers": ("1", "2")}, {"teacher": 3}):
+        with pytest.raises(BadInput, match="other arguments"):
+            fit(**other)
 
 
 # --- what is refused -------------------------------------------------------------------------------------

@@ -399,6 +399,29 @@ def test_distances_far_from_the_origin_keep_their_digits():
     assert torch.allclose(squared_distances(x).double(), exact, atol=1e-3)
 
 
+@pytest.mark.parametrize("apart", [1e2, 1e4])
+def test_neighbours_in_clusters_that_are_far_apart(apart):
+    """Distances inside a cluster keep their digits, wherever the clusters are."""
+    g = rng(0)
+    x = torch.randint(0, 2, (64, 1), generator=g) * apart * torch.ones(1, 8) + 0.1 * torch.randn(
+        64, 8, generator=g
+    )
+    x = x.float().requires_grad_()
+    direct = (x.detach()[:, None].double() - x.detach()[None].double()).square().sum(-1)
+    assert torch.allclose(squared_distances(x).double(), direct, rtol=1e-5, atol=1e-6)
+    a, edges = knn_graph(x, k=4)
+    theirs, same = knn_graph(x.detach().double(), k=4)
+    near = direct.masked_fill(torch.eye(64, dtype=torch.bool), math.inf).topk(4, largest=False).indices
+    expected = torch.zeros_like(edges).scatter(-1, near, True).T
+    assert torch.equal(edges, expected) and torch.equal(same, expected)
+    assert torch.allclose(a.double(), theirs, atol=1e-4)
+    weights = torch.randn(64, 64, generator=g)
+    (slope,) = torch.autograd.grad((squared_distances(x) * weights).sum(), x)
+    both = (weights + weights.T).double()
+    wanted = 2 * (both.sum(1, keepdim=True) * x.double() - both @ x.double()).detach()
+    assert torch.allclose(slope.double(), wanted, rtol=1e-4, atol=1e-4 * apart)
+
+
 def test_half_precision_and_autocast_do_not_reach_the_distances():
     x = torch.randn(20, 8, generator=rng(0)).to(torch.bfloat16)
     expected = torch.cdist(x.double(), x.double()).square()
@@ -438,11 +461,37 @@ def test_a_last_short_batch_and_single_nodes_are_refused():
         global_loss(torch.randn(1, 2), torch.randn(1, 2), 0.5)
 
 
+def test_a_single_image_without_negatives_is_refused():
+    with pytest.raises(BadInput, match=r"images.*same_image"):
+        global_loss(torch.randn(4, 2), torch.randn(4, 2), 0.5, images=torch.zeros(4, dtype=torch.int64))
+    x = {name: value[:1] for name, value in inputs(0).items()}
+    with pytest.raises(BadInput, match=r"images.*same_image"):
+        run(x, same_image=False)
+    assert math.isfinite(float(run(x)["loss"])) and math.isfinite(
+        float(run(x, same_image=False, gamma=0)["loss"])
+    )
+
+
+def test_skipping_all_tokens_is_refused():
+    x = inputs(0)
+    s, t = signals(x)
+    rows = x["student_map"].flatten(2).transpose(1, 2)
+    with pytest.raises(BadInput, match=r"student_skip = 4 .*4 tokens"):
+        TRG(student_layer="s", teacher_layer="t", k=K, student_skip=4).setup(
+            Signal(logits=s.logits, taps={"s": rows}), t, x
+        )
+    with pytest.raises(BadInput, match=r"teacher_skip = 9 .*4 tokens"):
+        TRG(student_layer="s", teacher_layer="t", k=K, teacher_skip=9).setup(
+            s, Signal(logits=t.logits, taps={"t": rows}), x
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("k", 0), ("patch", 0), ("width", 0), ("tokens_per_image", 0), ("sigma", 0.0), ("temperature", 0.0),
      ("tau_start", -1.0), ("tau_end", math.inf), ("lam", -0.1), ("alpha", -1.0), ("beta", math.nan), ("gamma", -1.0),
-     ("student_skip", -1), ("reduction", "none"), ("direction", "both")],
+     ("student_skip", -1), ("reduction", "none"), ("direction", "both"), ("sigma", "Auto"), ("k", 2.5), ("patch", 1.5),
+     ("tokens_per_image", 1.5), ("width", 4.5), ("student_skip", 0.5), ("teacher_skip", True)],
 )  # fmt: skip
 def test_bad_input(name, value):
     with pytest.raises(BadInput, match=name):

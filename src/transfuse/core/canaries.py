@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput
-from .runs import evaluating
+from .runs import check_positive, evaluating
 
 __all__ = [
     "Canary",
@@ -181,7 +181,7 @@ def canary_exposure(
 
     Raises:
         BadInput: a secret outside the space, a space of fewer than two fills or with repetitions, a template without
-            `{secret}`, too few samples for a fit.
+            `{secret}`, too few samples for a fit, a batch size below 1.
     """
     if template.count(_FIELD) != 1:
         raise BadInput("template", template, "does not hold {secret} once", "put it where the secret goes")
@@ -230,8 +230,9 @@ def sequence_scores(
         float64 `[len(texts)]`, in nats, on the CPU.
 
     Raises:
-        BadInput: a text of fewer than two tokens.
+        BadInput: a text of fewer than two tokens, a batch size below 1.
     """
+    check_positive(batch_size=batch_size)
     encode: Callable[[str], Sequence[int]] = getattr(tokenizer, "encode", tokenizer)
     rows = [list(encode(text)) for text in texts]
     lengths: dict[int, list[int]] = {}

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batches import IGNORED
-from ..core.errors import BadInput
+from ..core.errors import BadInput, IncompatibleModels
 from ._base import Reader, frozen
 
-__all__ = ["Batches", "Flips", "Prepare", "aligned", "complementarity", "prediction_flips", "transfer_rate"]
+__all__ = [
+    "Batches",
+    "Flips",
+    "Prepare",
+    "aligned",
+    "complementarity",
+    "prediction_flips",
+    "same_classes",
+    "transfer_rate",
+]
 
 Batches = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]]
 Prepare = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -118,22 +127,33 @@ def transfer_rate(start: Tensor, end: Tensor, teacher: Tensor, labels: Tensor) -
         end: After it.
         teacher: The teacher's.
         labels: True classes; rows with -100 are left out.
+
+    Raises:
+        BadInput: unequal lengths, or no labelled row.
     """
-    classes = int(torch.stack([torch.as_tensor(x).max() for x in (start, end, teacher, labels)]).max()) + 1
+    each = [torch.as_tensor(x).cpu() for x in (start, end, teacher, labels)]
+    if not all(x.numel() for x in each):
+        raise BadInput("labels", [x.numel() for x in each], "rows: some have none", "give one per sample")
+    classes = int(torch.stack([x.max() for x in each]).max()) + 1
     offered = prediction_flips(start, teacher, labels, classes=classes).positive_counts
     gained = prediction_flips(start, end, labels, classes=classes).positive_counts
     total = float(offered.sum())
     return 100.0 * float(gained[offered > 0].sum()) / total if total else math.nan
 
 
-def aligned(logits: Tensor, labels: Tensor | None, *, causal: bool) -> tuple[Tensor, Tensor | None]:
+def aligned(
+    logits: Tensor, labels: Tensor | None, *, causal: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The predicted rows of a batch: logits `[n, C]` and their classes `[n]`.
 
     Args:
         logits: `[B, C]`, or `[B, T, C]` per token.
-        labels: `[B]` or `[B, T]`; -100 leaves a row out. None keeps all.
+        labels: `[B]` or `[B, T]`; -100 leaves a row out. None keeps all that are not padding.
         causal: The logits at t speak about the label at t + 1.
+        mask: `[B, T]`, 0 where a token is padding.
     """
+    if labels is None and mask is not None and mask.shape == logits.shape[:-1]:
+        return logits[mask.bool()], None
     if causal:
         logits = logits[:, :-1]
         labels = None if labels is None else labels[:, 1:]
@@ -143,42 +163,68 @@ def aligned(logits: Tensor, labels: Tensor | None, *, causal: bool) -> tuple[Ten
     return logits[keep], labels[keep]
 
 
-def labels_of(batch: Mapping[str, Any], *, causal: bool) -> Tensor | None:
-    """The batch's labels; without any, a language model's are its own tokens."""
+def labels_of(batch: Mapping[str, Any], *, causal: bool, needed: bool = False) -> Tensor | None:
+    """The batch's labels; without any, a language model's are its own tokens.
+
+    Raises:
+        BadInput: there are none, and they are needed.
+    """
     found = batch.get("labels")
     if found is None and causal:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+    if found is None and needed:
+        raise BadInput("batches", sorted(batch), "have no labels", "add a column `labels` to every batch")
     return found
 
 
+def same_classes(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse classifiers of transformers whose classes have other names or another order.
+
+    Raises:
+        IncompatibleModels: a class of the same number has two names. Names that were never given do not count.
+    """
+    ours, theirs = (getattr(getattr(model, "config", None), "id2label", None) for model in (student, teacher))
+    if not ours or not theirs or Reader(student, fuse=False).causal:
+        return
+    unnamed = [{i: f"LABEL_{i}" for i in names} for names in (ours, theirs)]
+    if ours == unnamed[0] or theirs == unnamed[1]:
+        return
+    for i in ours:
+        if ours[i] != theirs.get(i):
+            problem = f"is {theirs.get(i)!r} to the teacher and {ours[i]!r} to the student"
+            raise IncompatibleModels("class", i, problem, "bring the labels into one order")
+
+
 @torch.no_grad()
-def predictions(model: nn.Module, batches: Batches, prepare: Prepare | None = None) -> tuple[Tensor, Tensor]:
-    """A model's classes and the true ones over a data set, int64 `[N]` each, in evaluation mode.
+def predictions(
+    model: nn.Module, batches: Batches, prepare: Prepare | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """A model's classes and the true ones over a data set, int64 `[N]` each, in evaluation mode; and their number.
 
     Raises:
         BadInput: the batches have no labels.
     """
     reader = Reader(model, fuse=False)
-    guesses, truth = [], []
+    guesses, truth, width = [], [], 0
     with frozen(model):
         for batch in batches(0) if callable(batches) else batches:
-            labels = labels_of(batch, causal=reader.causal)
-            if labels is None:
-                raise BadInput("batches", sorted(batch), "have no labels", "add a column `labels`")
+            labels = labels_of(batch, causal=reader.causal, needed=True)
+            assert labels is not None
             logits = reader(batch if prepare is None else prepare(batch), grad=False).whole()
+            width = logits.shape[-1]
             rows, classes = aligned(logits.to(labels.device), labels, causal=reader.causal)
             assert classes is not None
             guesses.append(rows.argmax(-1).cpu())
             truth.append(classes.cpu())
     if not guesses:
         raise BadInput("batches", "[]", "have no rows", "give at least one batch")
-    return torch.cat(guesses), torch.cat(truth)
+    return torch.cat(guesses), torch.cat(truth), width
 
 
 def accuracy(model: nn.Module, batches: Batches, prepare: Prepare | None = None) -> float:
     """Share of a data set that a model gets right."""
-    guesses, labels = predictions(model, batches, prepare)
+    guesses, labels, _ = predictions(model, batches, prepare)
     return float((guesses == labels).double().mean())
 
 
@@ -199,11 +245,16 @@ def complementarity(
 
     Raises:
         BadInput: no labels, or an order that changed between the passes.
+        IncompatibleModels: other names of classes, or another number of them.
     """
-    (before, labels), (after, again) = (
+    same_classes(student, teacher)
+    (before, labels, ours), (after, again, theirs) = (
         predictions(model, batches, prepare)
         for model, prepare in zip((student, teacher), inputs, strict=True)
     )
+    if ours != theirs:
+        problem = f"classes of the teacher, the student has {ours}"
+        raise IncompatibleModels("teacher", theirs, problem, "use models of one label space or vocabulary")
     if not torch.equal(labels, again):
         raise BadInput("batches", len(labels), "rows came in another order for the teacher", "do not shuffle")
     return prediction_flips(before, after, labels)

@@ -1,10 +1,11 @@
-"""Feature maps and token sequences of image networks, brought to one form."""
+"""Feature maps and token sequences of image networks, brought to one form, and the graph of their tokens."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,16 @@ from torch.nn import functional
 
 from ..core.errors import BadInput, IncompatibleModels
 
-__all__ = ["exact", "full_precision", "same_grid", "sample_positions", "take", "tokens_from_map"]
+__all__ = [
+    "exact",
+    "full_precision",
+    "knn_graph",
+    "same_grid",
+    "sample_positions",
+    "squared_distances",
+    "take",
+    "tokens_from_map",
+]
 
 
 def exact(x: Tensor) -> Tensor:
@@ -23,6 +33,51 @@ def exact(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """No autocast inside: products of float32 tensors stay in float32, on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def squared_distances(tokens: Tensor) -> Tensor:
+    """Squared Euclidean distances `[M, M]` of tokens `[M, D]`, in float32 at least.
+
+    The product is made in float64: in float32 nodes far from the mean would lose the distances to their neighbours.
+    """
+    given = exact(tokens)
+    with full_precision(given):
+        x = given.double()
+        x = x - x.mean(0).detach()
+        norms = x.square().sum(-1)
+        return (norms[:, None] + norms[None, :] - 2.0 * x @ x.T).clamp_min(0.0).to(given.dtype)
+
+
+def knn_graph(
+    tokens: Tensor, *, k: int = 8, sigma: float | Literal["auto"] = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The weighted k-nearest-neighbour graph of a network's nodes.
+
+    Args:
+        tokens: Nodes `[M, D]`.
+        k: Neighbours of a node; itself is none.
+        sigma: Width of the kernel, in squared feature units; "auto" is the mean squared distance to the neighbours,
+            without gradient.
+
+    Returns:
+        A `[M, M]`, where A_ij > 0 if i is a neighbour of j, and the edges, bool `[M, M]`.
+
+    Raises:
+        BadInput: fewer than two nodes, or k does not leave a node out.
+    """
+    count = len(tokens)
+    if count < 2:
+        raise BadInput("tokens", count, "node makes no graph", "use more images or more tokens per image")
+    if not 1 <= k < count:
+        remedy = "use a smaller k, larger batches, or drop the last short batch (dataloader_drop_last)"
+        raise BadInput("k", k, f"is not from 1 to {count - 1}, with {count} nodes in the batch", remedy)
+    squared = squared_distances(tokens)
+    with torch.no_grad():
+        apart = squared.masked_fill(torch.eye(count, dtype=torch.bool, device=squared.device), torch.inf)
+        near, neighbours = apart.topk(k, dim=-1, largest=False)
+        edges = torch.zeros_like(apart, dtype=torch.bool).scatter(-1, neighbours, True).T
+        width = near.mean().clamp_min(1e-12) if sigma == "auto" else sigma
+    return torch.exp(-squared / (2.0 * width)).masked_fill(~edges, 0.0), edges
 
 
 def tokens_from_map(features: Tensor, patch: int = 1) -> Tensor:

@@ -32,16 +32,17 @@ def places(state: Tensor, *, pooled: bool = False, keep: Tensor | None = None) -
 def from_places(vectors: Tensor, like: Tensor) -> Tensor:
     """The reverse of `places`, in shape and dtype of `like`; one vector is spread over all its places.
 
-    Values beyond a half precision's range are clamped to it.
+    The result has memory of its own: what follows may write into it. Values beyond a half precision's range are
+    clamped to it.
     """
     limit = torch.finfo(like.dtype).max
     vectors = vectors.clamp(-limit, limit).to(like.dtype)
     if like.dim() == 2:
         return vectors.squeeze(1)
     if like.dim() == 3:
-        return vectors.expand(-1, like.shape[1], -1)
+        return vectors.expand(-1, like.shape[1], -1).contiguous()
     spread = vectors.expand(-1, like.shape[2] * like.shape[3], -1)
-    return spread.transpose(1, 2).unflatten(2, like.shape[2:])
+    return spread.transpose(1, 2).unflatten(2, like.shape[2:]).contiguous()
 
 
 def keep_of(state: Tensor, batch: Mapping[str, Any]) -> Tensor | None:

@@ -21,7 +21,9 @@ __all__ = ["PATTERNS", "TokenPrivacyScorer", "detector_recall"]
 PATTERNS = (
     r"[\w.+-]+@[\w-]+\.[\w.-]*\w",  # e-mail
     r"(?<![\d.])(?:\d[ -]?){12,18}\d(?!\d)",  # payment cards
-    r"(?<![\w.])\+?\(?\d{2,4}\)?(?:[ /-]\(?\d{2,4}\)?){2,4}(?!\d)",  # telephone numbers
+    r"(?<![\w.])(?:\+\d{1,3}[ -]?|\+)?\(?\d{2,4}\)?(?:[ /-]\(?\d{2,4}\)?){2,4}(?!\d)",  # telephone numbers in groups
+    r"(?:(?:\(\d{3}\) ?|(?<![\w.-])\d{3}\.)\d{3}[.-]|(?<![\w.-])\d{3}-)\d{4}(?![.-]?\d)",  # American ones
+    r"(?<![\w.-])(?:\+\d{1,3}[ /-]?\(?\d{1,5}\)?|\(?0\d{1,5}\)?)[ /-]\d{5,}(?!\d)",  # area code, long number
     r"(?<![\w.])\d{3}-\d{2}-\d{4}(?!\d)",  # social security numbers
     r"(?<!\d)\d{6,}(?!\d)",  # long runs of digits
 )
@@ -50,8 +52,9 @@ class TokenPrivacyScorer:
 
     def __call__(self, rows: Sequence[Sequence[int]] | Tensor) -> Tensor:
         """Scores float32 `[B, L]` of rows of ids, 0 after the end of shorter ones."""
-        listed = rows.tolist() if isinstance(rows, Tensor) else [list(row) for row in rows]
-        found = [torch.tensor(values, dtype=torch.float32) for values in self._score(listed)]
+        found = [
+            torch.tensor(values, dtype=torch.float32) for values in self._score([_ids(row) for row in rows])
+        ]
         return nn.utils.rnn.pad_sequence(found, batch_first=True)
 
     def annotate(
@@ -61,7 +64,7 @@ class TokenPrivacyScorer:
         kept = [dict(row) for row in rows]
         for start in range(0, len(kept), batch_size):
             part = kept[start : start + batch_size]
-            for row, values in zip(part, self._score([list(row["input_ids"]) for row in part]), strict=True):
+            for row, values in zip(part, self._score([_ids(row["input_ids"]) for row in part]), strict=True):
                 row[column] = values
         return kept
 
@@ -131,8 +134,9 @@ class TokenPrivacyScorer:
             ignore_case: Whether upper and lower case are the same.
 
         Raises:
-            BadInput: no word, an empty one, a score outside [0, 1].
+            BadInput: no list, no word, an empty one, a score outside [0, 1].
         """
+        _check_list("words", words, "list the private words")
         table = dict(words) if isinstance(words, Mapping) else dict.fromkeys(words, 1.0)
         if not table or any(not word.strip() for word in table):
             raise BadInput("words", sorted(table), "hold an empty word, or none", "list the private words")
@@ -160,7 +164,11 @@ class TokenPrivacyScorer:
             pipeline: A token-classification pipeline of transformers, or anything that gives records with `start`,
                 `end`, `score`, and `entity_group` or `entity`, aggregated or not.
             labels: Entity types that are private, without `B-` and `I-`; all by default.
+
+        Raises:
+            BadInput: labels that are no list.
         """
+        _check_list("labels", labels, "list the private types")
         wanted = None if labels is None else set(labels)
 
         def find(text: str) -> Iterable[Span]:
@@ -189,7 +197,7 @@ class TokenPrivacyScorer:
 
             r = clip((log p_teacher(y) - log p_reference(y)) / kappa, 0, 1)
 
-        A row's first token, which nothing predicts, has 0.
+        A row's first token, which nothing predicts, has 0, and so has one that both models rule out.
 
         Args:
             teacher: The language model that saw private text.
@@ -207,7 +215,8 @@ class TokenPrivacyScorer:
             found = []
             for row in rows:
                 ours, theirs = (_log_likelihoods(model, row) for model in (teacher, reference))
-                values = [0.0, *((ours - theirs) / kappa).clamp(0, 1).tolist()]
+                gap = (ours - theirs).masked_fill((ours == -math.inf) & (theirs == -math.inf), 0.0)
+                values = [0.0, *(gap / kappa).clamp(0, 1).tolist()]
                 if tokenizer is not None:
                     text, offsets = pieces(tokenizer, row)
                     words = [match.span() for match in re.finditer(r"\S+", text)]
@@ -224,7 +233,7 @@ class TokenPrivacyScorer:
         Raises:
             BadInput: fewer than two rows.
         """
-        sets = [set(row) for row in rows]
+        sets = [set(_ids(row)) for row in rows]
         if len(sets) < 2:
             raise BadInput("rows", len(sets), "are too few to tell what is rare", "give the training rows")
         counts = Counter(token for each in sets for token in each)
@@ -284,6 +293,16 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int
 def _agreement(a: str, b: str) -> int:
     """Number of leading characters that two texts share."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _ids(row: Iterable[Any]) -> list[int]:
+    """Token ids as numbers; those of a tensor are tensors, and two equal ones of these are different keys."""
+    return row.tolist() if isinstance(row, Tensor) else [int(token) for token in row]
+
+
+def _check_list(name: str, value: Any, remedy: str) -> None:
+    if isinstance(value, str | bytes):
+        raise BadInput(name, value, "is one text and no list", remedy)
 
 
 def _check_score(name: str, value: float) -> None:

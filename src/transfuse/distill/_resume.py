@@ -4,13 +4,14 @@
 is below `path` is not run where that can be avoided: in an `nn.Sequential` the modules after it are called one by one,
 in a transformer's stack the blocks below are skipped while the model builds masks and positions (rotary ones too) from
 its inputs as usual. Anything else is run whole, with the module's output replaced; that is right wherever what
-follows reads nothing else from below.
+follows reads nothing else from below. Running statistics of batch norms do not move, and `hidden` itself is kept
+from modules that write in place.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core import taps
 from ..core.errors import BadInput
-from ._base import is_causal, model_inputs
+from ._base import frozen, is_causal, logits_of, model_inputs
 
 __all__ = ["Cut", "default_cut", "module_at", "resume_from"]
 
@@ -87,13 +88,14 @@ def resume_from(
     module_at(model, path)
     if to is not None:
         module_at(model, to, "to")
-        names = [name for name, _ in model.named_modules()]
-        if names.index(to) <= names.index(path):
+        if not _above(model, path, to):
             raise BadInput("to", to, f"is not above {path!r}", "name a later module")
+    hidden = hidden.clone()
     rest = _chain(model, path, to)
     if rest is not None:
-        for module in rest:
-            hidden = module(hidden)
+        with _untracked(model):
+            for module in rest:
+                hidden = module(hidden)
         return hidden
     if batch is None:
         raise BadInput(
@@ -102,6 +104,7 @@ def resume_from(
     inputs = _inputs(model, batch)
     blocks = _blocks(model)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_untracked(model))
         # Blocks that return tuples may hand each other more than the state (T5's position bias): none is skipped.
         if path in blocks and not (_tupled(model, path, inputs) if tupled is None else tupled):
             later = blocks.index(path) + 1
@@ -134,19 +137,23 @@ class Cut:
 
     def __init__(self, model: nn.Module, low: str, high: str, *, argument: str = "layers"):
         modules = [module_at(model, name, argument) for name in (low, high)]
-        names = [name for name, _ in model.named_modules()]
-        if names.index(high) <= names.index(low):
+        if not _above(model, low, high):
             raise BadInput(
                 argument, (low, high), "are not a lower and a higher place", "put the lower one first"
             )
-        self.model, self.low, self.high = model, low, high
+        self.model, self.low, self.high, self.argument = model, low, high, argument
         self.low_module, self.high_module = modules
         self.tupled: bool | None = None
 
     def states(self, batch: Mapping[str, Any], *, grad: bool, whole: bool) -> tuple[Tensor, Tensor, Any]:
         """Low state, high state, and the model's output (None unless `whole`)."""
-        context = contextlib.nullcontext() if grad else torch.no_grad()
-        with context, taps.capture(self.model, (self.low, self.high), grad=grad, stop=not whole) as store:
+        names = (self.low, self.high)
+        with contextlib.ExitStack() as stack:
+            if not grad:
+                stack.enter_context(torch.no_grad())
+            store = stack.enter_context(taps.capture(self.model, names, grad=grad, stop=not whole))
+            # What follows gets copies, lest it writes into the states that were captured.
+            stack.enter_context(taps.replace(self.model, dict.fromkeys(names, torch.clone)))
             output = store.run(**_inputs(self.model, batch))
         self.tupled = self.low in store.tuples
         return store[self.low], store[self.high], output
@@ -158,6 +165,61 @@ class Cut:
     def above(self, hidden: Tensor, batch: Mapping[str, Any]) -> Any:
         """The model's output that follows from a high state."""
         return resume_from(self.model, self.high, hidden, batch=batch, tupled=self.tupled)
+
+    def check(
+        self, batch: Mapping[str, Any], *, low: Tensor | None = None, high: Tensor | None = None
+    ) -> None:
+        """Refuse a cut whose upper parts do not read the states they are given.
+
+        Args:
+            batch: The model's inputs.
+            low: A low state, for what is between.
+            high: A high state, for what is above.
+
+        Raises:
+            BadInput: no gradient of the result reaches the state.
+        """
+        with frozen(self.model), torch.enable_grad():
+            for state, above in ((low, False), (high, True)):
+                if state is None:
+                    continue
+                given = state.detach().requires_grad_()
+                found = logits_of(self.above(given, batch)) if above else self.between(given, batch)
+                if not found.requires_grad:
+                    read = (
+                        f"the output does not read {self.high!r}"
+                        if above
+                        else "the higher does not read the lower"
+                    )
+                    remedy = "name places that all that follows passes through"
+                    raise BadInput(
+                        self.argument, (self.low, self.high), f"do not cut the model: {read}", remedy
+                    )
+
+
+def _above(model: nn.Module, low: str, high: str) -> bool:
+    """Whether a module comes after another one, and is no part of it."""
+    names = [name for name, _ in model.named_modules()]
+    return names.index(high) > names.index(low) and not high.startswith(f"{low}.")
+
+
+@contextlib.contextmanager
+def _untracked(model: nn.Module) -> Iterator[None]:
+    """Batch norms in training keep using the batch's statistics, and do not add them to their running ones."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.training
+        and module.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _chain(model: nn.Module, path: str, to: str | None) -> list[nn.Module] | None:

@@ -39,10 +39,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,8 +52,9 @@ from torch import Tensor, nn
 
 from ..core.divergence import forward_kl
 from ..core.errors import BadInput
+from ..core.files import hash_state
 from ..core.runs import check_positive
-from ..core.training import History, loop
+from ..core.training import History, loop, seeded
 from ._base import Reader, frozen
 from ._distiller import same_tokenizers
 from ._flips import (
@@ -66,9 +66,10 @@ from ._flips import (
     complementarity,
     labels_of,
     prediction_flips,
+    same_classes,
     transfer_rate,
 )
-from ._zoo import calibrate, compared, follow, same_classes, soup
+from ._zoo import calibrate, choose, compared, confidence, follow, soup, widened
 
 __all__ = [
     "Flips",
@@ -90,53 +91,6 @@ KINDS = {
     "order": ("given", "ascending", "descending"),
 }
 ROWS = 256  # the batch that the paper's learning rates belong to
-
-
-def confidence(logits: Tensor, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-    """How sure a model is of each row: the probability of the true class, or without labels the largest one.
-
-    Args:
-        logits: `[n, C]`; computed in float32 at least.
-        labels: int64 `[n]`, or None.
-        temperature: Divides the logits.
-
-    Returns:
-        `[n]`.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    p = torch.softmax(logits, -1)
-    return p.amax(-1) if labels is None else p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-@torch.no_grad()
-def choose(
-    frozen_student: Tensor,
-    teachers: Iterable[Tensor],
-    labels: Tensor | None = None,
-    *,
-    temperatures: Sequence[float] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """For every row, the logits of the surest of all models (section 4.2); of equals, the first.
-
-    Args:
-        frozen_student: Logits `[n, C]` of the student at its start.
-        teachers: Logits of each teacher, the same shape; taken one after the other.
-        labels: True classes `[n]` (supervised), or None.
-        temperatures: One for the student and each teacher, for the comparison alone.
-
-    Returns:
-        The target logits `[n, C]`, and whose they are, int64 `[n]`: 0 the student's, k those of teacher k.
-    """
-    heat = itertools.repeat(1.0) if temperatures is None else iter(temperatures)
-    best, target = confidence(frozen_student, labels, temperature=next(heat)), frozen_student
-    who = torch.zeros(best.shape, dtype=torch.int64, device=best.device)
-    for k, logits in enumerate(teachers, 1):
-        sure = confidence(logits, labels, temperature=next(heat))
-        better = sure > best
-        best = torch.where(better, sure, best)
-        target = torch.where(better.unsqueeze(-1), logits, target)
-        who = who.masked_fill(better, k)
-    return target, who
 
 
 def transfer_loss(
@@ -197,7 +151,7 @@ class GeneralTransfer:
         order: In which order they come in sequence: as given, or by rising or falling accuracy on the batches.
         temperature: T of the divergence.
         alpha: Weight of the divergence; the rest is the cross-entropy's.
-        tau: Decay of the slow weights; None for none.
+        tau: Decay of the slow weights, which are kept in float32 at least; None for none.
         every: Updates between slow steps; None is the paper's 2 at 256 rows per update, scaled to the same rows.
         calibration: Temperatures of the student and each teacher for the choice (`calibrate`).
         legacy_double_softmax: Repeat the code's cross-entropy of probabilities.
@@ -308,19 +262,19 @@ class GeneralTransfer:
         """
         if optimizer not in ("sgd", "adamw"):
             raise BadInput("optimizer", optimizer, "is not known", 'use "sgd" or "adamw"')
-        needy = self.partition == "labels" or self.alpha < 1
+        check_positive(epochs=epochs, accumulation=accumulation, save_every=save_every)
         models = [self.student, *self.teachers]
-        rows = compared(models, self.inputs, batches, labels=needy, seed=seed) * accumulation
+        rows = compared(models, self.inputs, batches, labels=self._needy, seed=seed) * accumulation
         rows *= Accelerator().num_processes  # each has batches of its own
         rate = (1e-4 if self.tau is None else 0.01) * rows / ROWS if lr is None else lr
         every = max(1, round(2 * ROWS / rows)) if self.every is None else self.every
         begin = {name: value.clone() for name, value in self.student.state_dict().items()}
         stages: list[Stage] = []
         ends: list[dict[str, Tensor]] = []
-        for number, chosen in enumerate(self._plan(batches)):
+        for number, chosen in enumerate(self._plan(batches, seed)):
             if self.mode == "soup":
                 self.student.load_state_dict(begin)
-            slow = None if self.tau is None else copy.deepcopy(self.student)  # kept in checkpoints, too
+            slow = None if self.tau is None else widened(self.student)  # kept in checkpoints, too
             parts = {"student": self.student} | ({} if slow is None else {"slow": slow})
             weights = [p for p in self.student.parameters() if p.requires_grad]
             rule: torch.optim.Optimizer = (
@@ -343,7 +297,7 @@ class GeneralTransfer:
                     nn.ModuleDict(parts), batches, self._step(chosen, shares), optimizer=rule, epochs=epochs,
                     accumulation=accumulation, seed=seed, save_every=save_every, resume=resume,
                     output_dir=None if output_dir is None else Path(output_dir) / f"stage-{number}",
-                    on_step=stepped,
+                    on_step=stepped, identity=None if output_dir is None else self._identity(chosen, every),
                 )  # fmt: skip
             if slow is not None:
                 self.student.load_state_dict(slow.state_dict())
@@ -354,13 +308,36 @@ class GeneralTransfer:
             self.student.load_state_dict(soup(ends))
         return stages
 
-    def _plan(self, batches: Batches) -> list[tuple[int, ...]]:
+    def _identity(self, chosen: tuple[int, ...], every: int) -> dict[str, Any]:
+        """What a stage is recognised by, besides the loop's own arguments."""
+        names = (
+            "partition",
+            "mode",
+            "order",
+            "temperature",
+            "alpha",
+            "tau",
+            "calibration",
+            "freeze_batchnorm",
+        )
+        settings = {name: getattr(self, name) for name in names}
+        taught = {"every": every, "legacy": self.legacy_double_softmax, "chosen": chosen}
+        teachers = [hash_state(self.teachers[k].state_dict()) for k in chosen]
+        return {"general_transfer": {**settings, **taught, "teachers": teachers}}
+
+    @property
+    def _needy(self) -> bool:
+        """Whether every batch must have labels."""
+        return self.partition == "labels" or self.alpha < 1
+
+    def _plan(self, batches: Batches, seed: int) -> list[tuple[int, ...]]:
         """The teachers of each stage."""
         numbers = list(range(len(self.teachers)))
         if self.mode == "parallel":
             return [tuple(numbers)]
         if self.order != "given":
-            found = [accuracy(self.teachers[k], batches, self.inputs[k + 1]) for k in numbers]
+            with seeded(seed):
+                found = [accuracy(self.teachers[k], batches, self.inputs[k + 1]) for k in numbers]
             numbers.sort(key=found.__getitem__, reverse=self.order == "descending")
         return [(k,) for k in numbers]
 
@@ -376,11 +353,12 @@ class GeneralTransfer:
         def step(batch: Any) -> Tensor:
             for norm in norms if self.freeze_batchnorm else ():
                 norm.eval()
-            labels = labels_of(batch, causal=student.causal)
+            labels = labels_of(batch, causal=student.causal, needed=self._needy)
+            mask = batch.get("attention_mask")
 
             def rows(reader: Reader, prepare: Prepare | None, grad: bool = False) -> Any:
                 logits = reader(batch if prepare is None else prepare(batch), grad=grad).whole()
-                return aligned(logits, labels, causal=student.causal)
+                return aligned(logits, labels, causal=student.causal, mask=mask)
 
             ours, truth = rows(student, own, grad=True)
             if self.partition in ("none", "student"):

@@ -38,6 +38,7 @@ A private token that the scorer misses leaks as before: measure `detector_recall
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -105,7 +106,8 @@ class SwingDistillation(TokenObjective):
     of the rest get the noise and the temperature, which for the rest is an approximation.
 
     Reads the column `privacy`: scores in [0, 1], `[B, T]`, of the tokens of `labels` at the same places (for a
-    classifier `[B]`); `TokenPrivacyScorer.annotate` makes it. Its state is the number of passes made.
+    classifier `[B]`, whose rows with label -100 are left out); `TokenPrivacyScorer.annotate` makes it. Its state is
+    the number of passes made.
 
     Args:
         tau_base: Temperature of public tokens.
@@ -145,17 +147,20 @@ class SwingDistillation(TokenObjective):
         if not 0.0 <= kd_weight <= 1.0:
             raise BadInput("kd_weight", kd_weight, "is not between 0 and 1", "the labels have what is left")
         super().__init__(kd_weight=kd_weight, ce_weight=1.0 - kd_weight, rest=rest)
-        if not tau_base > 0:
-            raise BadInput("tau_base", tau_base, "is not positive", "give a temperature")
+        for name, value in (("tau_base", tau_base), ("tau_max", tau_max)):
+            if not 0 < value < math.inf:
+                raise BadInput(name, value, "is not a temperature", "give a positive number")
         if not tau_max >= tau_base:
             raise BadInput(
                 "tau_max", tau_max, f"is below tau_base = {tau_base:g}", "give a higher temperature"
             )
         for name, value in (("sigma_0", sigma_0), ("sigma_1", sigma_1), ("sensitivity", sensitivity)):
-            if not value >= 0:
-                raise BadInput(name, value, "is negative", "give a size of noise, or 0 for none")
+            if not 0 <= value < math.inf:
+                raise BadInput(name, value, "is not a size of noise", "give a number from 0 up; 0 is none")
         if epsilon is not None and not epsilon > 0:
             raise BadInput("epsilon", epsilon, "is not positive", "give a budget, or None")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise BadInput("seed", seed, "is not a whole number from 0 up", "give such a seed")
         if noise not in ("gaussian", "laplace"):
             raise BadInput("noise", noise, "is not known", 'use "gaussian" or "laplace"')
         if student_tau not in ("swing", "base"):
@@ -168,6 +173,7 @@ class SwingDistillation(TokenObjective):
 
     def sigma(self, privacy: Tensor) -> Tensor:
         """Size of the noise of tokens with these scores."""
+        privacy = privacy.to(torch.promote_types(privacy.dtype, torch.float32))
         if self.epsilon is not None:
             return torch.full_like(privacy, self.sensitivity / self.epsilon)
         return self.sigma_0 + self.sigma_1 * privacy
@@ -217,7 +223,7 @@ class SwingDistillation(TokenObjective):
         mixed = np.random.SeedSequence([self.seed, rank, int(self.draws)]).generate_state(1)[0]
         self._random = generator(int(mixed), labels.device)
         self.draws += 1
-        return super().forward(student, teacher, batch)
+        return super().forward(*_labelled(student, teacher, batch))
 
     def _draw(self, like: Tensor, sigma: Tensor) -> Tensor | None:
         """Noise of the shape of `like`, `[n, V]`; None where there is none."""
@@ -235,3 +241,21 @@ class SwingDistillation(TokenObjective):
     def extra_repr(self) -> str:
         """For `print`."""
         return f"tau_base={self.tau_base}, tau_max={self.tau_max}, sigma=({self.sigma_0}, {self.sigma_1})"
+
+
+def _labelled(
+    student: Signal, teacher: Signal | None, batch: Mapping[str, Any]
+) -> tuple[Signal, Signal | None, Mapping[str, Any]]:
+    """A classifier's rows that have a class, as the labelled tokens of a language model; tokens stay as they are."""
+    labels = batch["labels"]
+    keep = labels != IGNORED
+    if labels.dim() != 1 or bool(keep.all()):
+        return student, teacher, batch
+
+    def kept(signal: Signal) -> Signal:
+        if signal.sparse is not None:
+            return Signal(sparse=(signal.sparse[0][keep], signal.sparse[1][keep]))
+        return Signal(logits=signal.whole()[keep])
+
+    rows = {**batch, "labels": labels[keep], "privacy": batch["privacy"][keep]}
+    return kept(student), None if teacher is None else kept(teacher), rows

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from ..core.batches import IGNORED
 from ..core.errors import BadInput, IncompatibleModels
+from ..core.files import hash_state
 from ..core.runs import check_positive
 from ..core.training import History, loop, seeded
 from ._base import frozen, is_causal, logits_of
@@ -68,13 +69,13 @@ def distance(a: Tensor, b: Tensor, keep: Tensor | None = None, *, normalise: boo
         normalise: Layer-normalise both first, so that scales do not count.
 
     Returns:
-        A scalar: the mean over all numbers of the places kept.
+        A scalar: the mean over all numbers of the places kept; 0 without any.
     """
     if normalise:
         a, b = (nn.functional.layer_norm(x, x.shape[-1:]) for x in (a, b))
     if keep is not None:
         a, b = a[keep], b[keep]
-    return (a - b).square().mean()
+    return (a - b).square().sum() / max(a.numel(), 1)
 
 
 def talk(
@@ -130,11 +131,14 @@ def talk(
 
 
 def _task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of classes (also per token), mean squared error of numbers."""
+    """Cross-entropy of classes (also per token; 0 without any label), mean squared error of numbers."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.is_floating_point():
         return nn.functional.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
-    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (labels != IGNORED).sum().clamp_min(1)
 
 
 class TalkingModels:
@@ -153,14 +157,16 @@ class TalkingModels:
         message: Weight of L_message.
         state: Weight of L_state.
         normalise: Compare layer-normalised states, for places of very different scale.
-        pooled: Exchange means over places; "auto" where the models' places do not pair up.
+        pooled: Exchange means over places; "auto" where the places do not pair up in the first batch, or states are
+            sequences and `teacher_inputs` is given: equal lengths are then a coincidence.
         tune_teacher: Train the teacher too, which the paper allows; its weights then change.
         task_loss: Of the student's output and the labels; None: cross-entropy for whole labels, the next token's for
             causal language models, mean squared error for numbers.
         teacher_inputs: What the teacher gets of a batch, where it reads other inputs than the student.
 
     Raises:
-        BadInput: an argument out of range, a place that does not exist, a high place not above the low one.
+        BadInput: an argument out of range, a place that does not exist, a high place not above the low one; from
+            `fit`: places that what follows does not read.
         IncompatibleModels: from `fit`: places that do not pair up, with `pooled=False`.
     """
 
@@ -234,7 +240,7 @@ class TalkingModels:
             resume: Go on from them.
 
         Raises:
-            BadInput: no batch, or none with labels.
+            BadInput: no batch, or none with labels; places that what follows does not read.
             IncompatibleModels: places that do not pair up.
         """
         with seeded(seed):
@@ -255,7 +261,16 @@ class TalkingModels:
             return loop(
                 model, batches, self._step, optimizer=rule, epochs=epochs, accumulation=accumulation, clip=clip,
                 seed=seed, output_dir=output_dir, save_every=save_every, resume=resume,
+                identity=None if output_dir is None else self._identity(),
             )  # fmt: skip
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run is recognised by, besides the loop's own arguments; a teacher that is trained changes."""
+        names = ("message_dim", "hidden", "rounds", "weights", "normalise", "pooled", "tune_teacher")
+        settings = {name: getattr(self, name) for name in names}
+        cuts = [self.asking.low, self.asking.high, self.answering.low, self.answering.high]
+        teacher = None if self.tune_teacher else hash_state(self.teacher.state_dict())
+        return {"talking_models": {**settings, "cuts": cuts, "teacher": teacher}}
 
     def _heard(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         return batch if self.teacher_inputs is None else self.teacher_inputs(batch)
@@ -266,7 +281,10 @@ class TalkingModels:
         """s_l, s_u, t_l as `[B, n, d]`, and which places count; decides once whether means are exchanged."""
         counts = [places(x).shape[1] for x in (*student, *teacher)]
         if self._means is None:
-            self._means = len({*counts}) > 1 if self.pooled == "auto" else self.pooled
+            apart = len({*counts}) > 1 or (
+                self.teacher_inputs is not None and any(x.dim() == 3 for x in (*student, *teacher))
+            )
+            self._means = apart if self.pooled == "auto" else self.pooled
         if len({*counts}) > 1 and not self._means:
             problem = "places of the student's and the teacher's low and high states do not pair up"
             raise IncompatibleModels("pooled", counts, problem, "use pooled=True")
@@ -292,6 +310,8 @@ class TalkingModels:
             (widths[0], widths[1]), (widths[2], widths[3]), self.message_dim, self.hidden, self.rounds,
             tuple(activation(module) for module in cuts),
         )  # fmt: skip
+        self.asking.check(batch, high=asked[1])
+        self.answering.check(heard, low=known[0])
         return made.to(asked[0].device)
 
     def _step(self, batch: Any) -> dict[str, Tensor]:

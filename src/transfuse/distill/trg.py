@@ -54,7 +54,16 @@ from ..core.errors import BadInput, IncompatibleModels, NotApplicable
 from ..core.runs import check_positive
 from ..core.training import generator, seeded
 from ._base import Objective, Signal, check_vocabulary
-from ._maps import exact, full_precision, same_grid, sample_positions, take, tokens_from_map
+from ._maps import (
+    exact,
+    full_precision,
+    knn_graph,
+    same_grid,
+    sample_positions,
+    squared_distances,
+    take,
+    tokens_from_map,
+)
 
 __all__ = [
     "TRG",
@@ -71,47 +80,6 @@ __all__ = [
 ]
 
 NODES = 512  # most nodes of a batch when their number is left to the objective
-
-
-def squared_distances(tokens: Tensor) -> Tensor:
-    """Squared Euclidean distances `[M, M]` of tokens `[M, D]`, in float32 at least."""
-    x = exact(tokens)
-    with full_precision(x):
-        x = x - x.mean(0).detach()  # far from the origin the difference of squares would lose its digits
-        norms = x.square().sum(-1)
-        return (norms[:, None] + norms[None, :] - 2.0 * x @ x.T).clamp_min(0.0)
-
-
-def knn_graph(
-    tokens: Tensor, *, k: int = 8, sigma: float | Literal["auto"] = "auto"
-) -> tuple[Tensor, Tensor]:
-    """The weighted k-nearest-neighbour graph of a network's nodes.
-
-    Args:
-        tokens: Nodes `[M, D]`.
-        k: Neighbours of a node; itself is none.
-        sigma: Width of the kernel, in squared feature units; "auto" is the mean squared distance to the neighbours,
-            without gradient.
-
-    Returns:
-        A `[M, M]`, where A_ij > 0 if i is a neighbour of j, and the edges, bool `[M, M]`.
-
-    Raises:
-        BadInput: fewer than two nodes, or k does not leave a node out.
-    """
-    count = len(tokens)
-    if count < 2:
-        raise BadInput("tokens", count, "node makes no graph", "use more images or more tokens per image")
-    if not 1 <= k < count:
-        remedy = "use a smaller k, larger batches, or drop the last short batch (dataloader_drop_last)"
-        raise BadInput("k", k, f"is not from 1 to {count - 1}, with {count} nodes in the batch", remedy)
-    squared = squared_distances(tokens)
-    with torch.no_grad():
-        apart = squared.masked_fill(torch.eye(count, dtype=torch.bool, device=squared.device), torch.inf)
-        near, neighbours = apart.topk(k, dim=-1, largest=False)
-        edges = torch.zeros_like(apart, dtype=torch.bool).scatter(-1, neighbours, True).T
-        width = near.mean().clamp_min(1e-12) if sigma == "auto" else sigma
-    return torch.exp(-squared / (2.0 * width)).masked_fill(~edges, 0.0), edges
 
 
 def local_loss(
@@ -159,7 +127,7 @@ def global_loss(
         reduction: Over the M nodes.
 
     Raises:
-        BadInput: a single node.
+        BadInput: a single node; with `images`, a single image.
     """
     if len(student) < 2:
         raise BadInput(
@@ -171,6 +139,9 @@ def global_loss(
     own = torch.arange(len(ours), device=ours.device)
     if images is not None:
         near = (images[:, None] == images[None, :]) & (own[:, None] != own[None, :])
+        if bool((images == images[0]).all()):
+            remedy = "put more of them into a batch, or pass same_image=True"
+            raise BadInput("images", 1, "image leaves no negatives", remedy)
         similar = similar.masked_fill(near, -torch.inf)
     return functional.cross_entropy(similar, own, reduction=reduction)
 
@@ -273,6 +244,11 @@ class TRG(Objective):
     ):
         super().__init__(student_taps=[student_layer], teacher_taps=[teacher_layer])
         check_positive(patch=patch, k=k, width=width, tokens_per_image=tokens_per_image)
+        for name, skip in (("student_skip", student_skip), ("teacher_skip", teacher_skip)):
+            if isinstance(skip, bool) or not isinstance(skip, int):
+                raise BadInput(name, skip, "is not a whole number", "give a number of tokens")
+        if isinstance(sigma, str) and sigma != "auto":
+            raise BadInput("sigma", sigma, "is not known", 'give a number above 0, or "auto"')
         scale = 1.0 if sigma == "auto" else sigma
         least = {"student_skip": student_skip, "teacher_skip": teacher_skip, "lam": lam, "alpha": alpha}
         above = {"sigma": scale, "temperature": temperature, "tau_start": tau_start, "tau_end": tau_end}
@@ -319,6 +295,7 @@ class TRG(Objective):
         """All tokens of both networks, `[B, P, D_s]` and `[B, P, D_t]`, in float32 at least.
 
         Raises:
+            BadInput: no token is left.
             IncompatibleModels: a layer that names several modules; grids that cannot be matched.
         """
         found = []
@@ -327,6 +304,9 @@ class TRG(Objective):
                 names = list(signal.taps)
                 raise IncompatibleModels(f"{side}_layer", names, "is not one module", "name one of one model")
             (value,) = signal.taps.values()
+            if value.dim() == 3 and skip >= value.shape[1]:
+                problem = f"leaves none of {value.shape[1]} tokens"
+                raise BadInput(f"{side}_skip", skip, problem, "leave out those that are no patches")
             found.append(exact(value[:, skip:] if value.dim() == 3 else value))
         ours, theirs = (tokens_from_map(x, self.patch) for x in same_grid(found))
         return ours, theirs.detach()
