@@ -218,6 +218,10 @@ def test_counting():
     assert round(math.comb(64, 4) ** 2 / math.comb(64, 8), 1) == 91.2
     assert combination_gain(5, 1, 2) == 25 / 10
     assert combination_gain(7, 3, 1) == 1
+    assert combination_gain(256, 32, 8) == math.inf
+    for wrong in (4.5, True):
+        with pytest.raises(BadInput, match="whole number"):
+            combination_gain(7, wrong, 1)
     with pytest.raises(BadInput, match="experts_per_step"):
         combination_gain(7, 4, 2)
     assert steps_of(8, 2) == 4
@@ -360,3 +364,19 @@ def test_refuses_other_models():
         model = method.convert(base("mixtral"))
         logits(model)
         method.auxiliary(model, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(3, 3), torch.ones(1, 1)])
+def test_nothing_to_concentrate(counts):
+    with pytest.raises(BadInput, match=r"counts = .* has no pairs to compare"):
+        concentration(counts)
+
+
+def test_routing_stays_in_float32_under_autocast():
+    random = generator(8)
+    x, router = torch.randn(2048, 256, generator=random), torch.randn(64, 256, generator=random) / 16
+    _, plain = chain(x, [router], lambda x, i, w: x, k=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = chain(x, [router], lambda x, i, w: x, k=4)
+    assert found[0].logits.dtype == torch.float32
+    assert torch.equal(found[0].indices, plain[0].indices)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 
+import mixtures
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transfuse.core.errors import BadInput, CorruptFile, IncompatibleModels, Not
 from transfuse.core.generate import pad_batch
 from transfuse.core.training import fit, seeded
 from transfuse.moe._cluster import Link
+from transfuse.moe.chain_of_experts import ChainOfExperts
 from transfuse.moe.exflow import (
     ExpertAffinity,
     PlacementPlan,
@@ -33,6 +35,7 @@ from transfuse.moe.exflow import (
     solve_placement,
     vanilla_placement,
 )
+from transfuse.moe.rmoe import RMoE
 
 BASES = ["mixtral", "qwen2_moe", "olmoe", "gpt_oss", "deepseek_v3"]
 COMMON = {
@@ -149,6 +152,8 @@ def test_planted_traces_follow():
         (np.empty((0, 3), int), 4, "is empty"),
         ([[0.5, 1.0]], 4, "whole numbers"),
         ([[0, 1]], [4, 4, 4], "one count per layer"),
+        ([[0, 1]], [4, 4.0], "whole numbers"),
+        ([[0, 1]], 4.0, "num_experts = 4.0 are not whole numbers"),
     ],
 )
 def test_traces_refuse(ids, experts, says):
@@ -402,6 +407,48 @@ def test_profiling_stops_when_stable():
         profile_incrementally(trace, step=0)
 
 
+def test_profiling_keeps_the_better_placement():
+    """Halving does not start from the placement there is, and may find a worse one."""
+    kept = 0
+    for seed in range(8):
+        trace = planted_trace(3000, 12, 6, 0.4, seed=seed)
+        found = profile_incrementally(
+            trace, Topology(gpus_per_node=4), step=500, restarts=2, solver="bipartition"
+        )
+        tokens, before, solved = found.history[-1]
+        affinity = ExpertAffinity.from_trace(trace.part(0, tokens))
+        assert found.plan.cost == pytest.approx(min(before, solved))
+        assert found.plan.expected_fraction(affinity) == pytest.approx(found.plan.cost)
+        assert found.plan.facts["tokens"] == found.tokens == tokens
+        kept += solved > before
+    assert kept
+
+
+def test_what_starts_a_descent():
+    affinity = ExpertAffinity.from_trace(planted_trace(500, 8, 3, 0.6))
+    eight = solve_placement(affinity, Topology(gpus_per_node=8))
+    for cluster in (Topology(gpus_per_node=4), Topology(nodes=2, gpus_per_node=2), Topology(gpus_per_node=2)):
+        with pytest.raises(BadInput, match=r"warm = .* is of another cluster"):
+            solve_placement(affinity, cluster, warm=eight)
+    again = solve_placement(affinity, Topology(gpus_per_node=8), warm=eight, restarts=0)
+    assert again.cost <= eight.cost + 1e-12
+
+
+def test_traces_are_no_affinities_and_arrays_no_traces():
+    trace = planted_trace(50, 4, 3, 0.5)
+    with pytest.raises(BadInput, match="affinity = 'RoutingTrace' is no affinity; count one"):
+        solve_placement(trace)
+    with pytest.raises(BadInput, match="trace = 'ndarray' is no trace; make one"):
+        profile_incrementally(trace.experts[:, :, 0])
+    for weights in (np.ones((50, 2)), np.ones((50, 3, 2)), torch.ones(150)):
+        with pytest.raises(BadInput, match=r"weights = .* are not \(50, 3, 1\)"):
+            RoutingTrace.of(trace.experts, 4, weights)
+    counted = ExpertAffinity.from_trace(trace.experts[:, :, 0], np.int64(4))
+    assert counted.num_experts == (4, 4, 4) and type(counted.num_experts[0]) is int
+    with pytest.raises(BadInput, match="restarts"):
+        solve_placement(counted, restarts=1.5)
+
+
 # --- models ------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +496,53 @@ def test_routers_that_look_at_the_order_are_refused():
     with pytest.raises(NotApplicable, match="looks at their order"):
         plan.permute_experts(model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", mixtures.BASES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"state_size": 6},
+        {"state_size": 2},
+        {"state_size": 6, "router": "mlp"},
+        {"state_size": 6, "shared_projector": True},
+        {"state_size": 8, "head": "xmoe"},
+    ],
+)
+@pytest.mark.parametrize("used", [True, False])
+def test_recurrent_routers_change_their_rows_only(name, options, used):
+    """Six experts, and a state of as many numbers."""
+    model = RMoE(**options).convert(mixtures.base(name)).eval()
+    cells = [p for n, p in model.named_parameters() if "cell.bias" in n]
+    for bias in cells:
+        torch.nn.init.normal_(bias)
+    rows = ROWS % 57 + 3
+    expected = logits(copy.deepcopy(model), rows)
+    if used:
+        logits(model, rows)
+    layers = len(collect_routing_trace(copy.deepcopy(model), rows).layers)
+    random_placement([6] * layers, Topology(gpus_per_node=3), seed=3).permute_experts(model)
+    assert torch.allclose(logits(model, rows), expected, atol=1e-5)
+
+
+def test_logits_of_the_layer_below_cannot_be_placed():
+    model = RMoE(state_size=8, logit_residual=0.5).convert(mixtures.base("mixtral"))
+    with pytest.raises(NotApplicable, match="adds logits of the layer below"):
+        random_placement([6] * 3, Topology(gpus_per_node=3)).permute_experts(model)
+
+
+def test_experts_of_two_layers_stay():
+    model = base("olmoe")
+    first, second = (model.model.layers[i].mlp.experts for i in range(2))
+    second.down_proj = first.down_proj
+    with pytest.raises(NotApplicable, match="experts of another layer"):
+        make(model, ROWS).permute_experts(model)
+
+
+def test_rounds_of_a_chain_are_no_trace():
+    model = ChainOfExperts(residual="outer").convert(mixtures.base("mixtral"))
+    with pytest.raises(NotApplicable, match=r"layers\.0\.mlp\.experts' calls its experts 2 times in a pass"):
+        collect_routing_trace(model, ROWS % 57 + 3)
 
 
 def test_permuting_refuses():
@@ -543,7 +637,16 @@ def test_several_experts_need_a_second_all_to_all():
     assert simulate_cluster(plan, trace, "vanilla", home=[0]).hops == 4
 
 
-@pytest.mark.parametrize(("options", "says"), [({"schedule": "other"}, "schedule"), ({"home": [0]}, "home")])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"schedule": "other"}, "schedule"),
+        ({"home": [0]}, "home"),
+        ({"home": [0.5] * 5}, "home = .* is not a device of 4 for each of 5 tokens"),
+        ({"hidden_bytes": -1}, "hidden_bytes = -1"),
+        ({"context_bytes": float("nan")}, "context_bytes"),
+    ],
+)
 def test_traffic_refuses(options, says):
     plan = vanilla_placement([4, 4], Topology())
     with pytest.raises(BadInput, match=says):

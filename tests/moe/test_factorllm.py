@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ BAD = [
     ({"experts": 24, "top_k": 12}, "experts"),  # 2.7 million sets
     ({"top_k": 5}, "top_k"),
     ({"top_k": 0}, "top_k"),
+    ({"experts": 4.0}, "experts"),
     ({"layers": [2]}, "layers"),
     ({"layers": []}, "layers"),
     ({"layers": [0, 0]}, "layers"),
@@ -171,6 +173,32 @@ def test_par_loss_is_its_parts_and_leaves_labels_alone():
     assert torch.equal(par_loss(scores, y, dense, 2), par_loss(scores, y, dense, 2, label="individual"))
 
 
+@pytest.mark.parametrize(
+    ("k", "options", "says"),
+    [
+        (2, {"label": "subsets"}, "label = 'subsets' is not known; use one of subset, individual"),
+        (2, {"target": "KL"}, "target = 'KL' is not known; use one of kl, bce"),
+        (5, {}, "k = 5 is more than the 4 experts"),
+        (5, {"label": "subset"}, "k = 5 is more than the 4 experts"),
+        (0, {}, "k = 0"),
+        (0, {"label": "subset"}, "k = 0"),
+        (1.5, {}, "k = 1.5"),
+        (2, {"mask": torch.ones(2, dtype=torch.bool)}, "mask"),
+    ],
+)
+def test_losses_refuse(k, options, says):
+    parts, dense = outputs()
+    scores = torch.randn(7, 4, generator=generator(3))
+    with pytest.raises(BadInput, match=says):
+        par_loss(scores, parts, dense, k, **options)
+    if says.startswith("k ="):
+        with pytest.raises(BadInput, match=says):
+            balance_loss(scores, k)
+    if "target" in options:
+        with pytest.raises(BadInput, match=says):
+            router_loss(scores, scores.sign(), **options)
+
+
 def test_router_loss_gradient_by_finite_differences():
     scores = torch.randn(2, 4, generator=generator(4), requires_grad=True)
     labels = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])
@@ -220,6 +248,17 @@ def test_balanced_kmeans_finds_planted_groups():
 
 def purity(found, truth):
     return sum(int(torch.bincount(truth[found == j]).max()) for j in range(4)) / len(truth)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    rows = torch.randn(8, 3, generator=generator(0))
+    for split in ("contiguous", "random", "kmeans"):
+        with pytest.raises(BadInput, match="experts = 3 does not divide 8 rows"):
+            split_neurons(rows, 3, split, 0)
+    with pytest.raises(BadInput, match="clusters = 3 does not divide 8 rows"):
+        balanced_kmeans(rows, 3, 0)
+    with pytest.raises(BadInput, match="split = 'even' is not known"):
+        split_neurons(rows, 4, "even", 0)
 
 
 # --- the block ---------------------------------------------------------------------------------------------
@@ -510,3 +549,43 @@ def test_a_recipe_makes_a_folder_that_loads(tmp_path, tiny_tokenizer):
     assert "perplexity_after" not in read_lineage(plain)["measurements"]
     with pytest.raises(BadInput, match="texts"):
         recipe.run({**job, "texts": None}, output=tmp_path / "none")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"par_weight": 0.0, "balance_weight": 0.0}])
+def test_half_precision_by_autocast(training, options):
+    method = make(**options)
+    model = method.convert(base("llama")).train(training)
+    batch = {"input_ids": IDS, "labels": IDS}
+    exact_loss = float(method.loss(model, batch).detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = method.loss(model, batch)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(exact_loss, rel=0.02)
+
+
+def test_training_without_teachers_is_told_once(tmp_path):
+    method = make()
+    model = method.convert(base("llama")).train()
+    batch = {"input_ids": IDS, "labels": IDS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.loss(model, batch)
+        save(model, tmp_path)
+        loaded = load(tmp_path)
+        method.loss(loaded, batch)  # in evaluation mode nothing is learnt
+        make(par_weight=0.0).loss(loaded.train(), batch)
+    with pytest.warns(UserWarning, match="training goes on without L_PA"):
+        method.loss(loaded, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.loss(loaded, batch)
+
+
+def test_settings_of_generation_are_kept(tmp_path):
+    model = make().convert(base("llama"))
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [7, 9], 5
+    model.generation_config.temperature = 0.3  # without sampling: transformers would refuse to write it
+    save(model, tmp_path)
+    found = load(tmp_path).generation_config
+    assert (found.eos_token_id, found.max_new_tokens, found.temperature) == ([7, 9], 5, 0.3)

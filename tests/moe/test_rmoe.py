@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from transfuse.core.errors import BadInput
+from transfuse.core.errors import BadInput, NotApplicable
 from transfuse.core.training import fit, generator, seeded
 from transfuse.moe import load, save
 from transfuse.moe._base import routings
@@ -36,6 +36,9 @@ BAD = [
     ({"head": "cosine"}, "head"),
     ({"state_size": 0}, "state_size"),
     ({"balance": -0.1}, "balance"),
+    ({"logit_residual": math.nan}, "logit_residual"),
+    ({"router": "mlp", "shared_projector": True}, "shared_projector = True has no effect with router='mlp'"),
+    ({"router": "linear", "head": "xmoe"}, "head"),
 ]
 KINDS = ["gru", "rnn", "lstm", "linear", "mlp", "cosine", "xmoe", "random"]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -309,6 +312,10 @@ def test_mutual_information_against_counting():
     assert routing_mutual_information(a[:, shuffled], b[:, shuffled]) == pytest.approx(expected, rel=1e-6)
     with pytest.raises(BadInput, match="probabilities_b"):
         routing_mutual_information(a, b[:, :4])
+    with pytest.raises(BadInput, match="bins = 0"):
+        routing_mutual_information(a, b, bins=0)
+    with pytest.raises(BadInput, match=r"probabilities_a = .* is not .* of some tokens"):
+        routing_mutual_information(a[:0], b[:0])
 
 
 def test_mutual_information_agrees_with_sklearn():
@@ -334,6 +341,13 @@ def test_entropy_and_similarity():
     experts.gate_up_proj.data[:] = experts.gate_up_proj.data[:1]
     experts.down_proj.data[:] = experts.down_proj.data[:1]
     assert expert_similarity(experts) == pytest.approx(3, rel=1e-5)
+    model = base("mixtral")
+    blocks = [layer.mlp for layer in model.model.layers]
+    assert expert_similarity(blocks[0]) == expert_similarity(blocks[0].experts)
+    each = [expert_similarity(block) for block in blocks]
+    assert expert_similarity(model) == pytest.approx(sum(each) / 3, rel=1e-6)
+    with pytest.raises(NotApplicable, match="no stacked experts"):
+        expert_similarity(blocks[0].gate)
 
 
 # --- in models ---------------------------------------------------------------------------------------------
@@ -397,6 +411,70 @@ def test_the_balance_term_and_gradient_norms():
     twice = router_gradient_norms(make(balance=0.02), model, batch)
     assert twice["balance"] == pytest.approx(2 * norms["balance"], rel=1e-3)
     assert twice["lm"] == pytest.approx(norms["lm"], rel=1e-3)
+
+
+def gradients(model, loss):
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
+
+
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+def test_checkpointed_gradients_are_right_or_refused(balance):
+    method, batch = make(balance=balance), {"input_ids": IDS, "labels": IDS}
+    model = method.convert(base("mixtral")).train()
+    expected = gradients(model, method.loss(model, batch))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients(model, method.loss(model, batch))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(NotApplicable, match=r"without a graph.*use_reentrant"):
+        method.loss(model, batch).backward()
+    model.eval()
+    with torch.no_grad():
+        assert method.loss(model, batch).isfinite()
+
+
+def test_a_pass_without_graph_before_the_backward_pass_is_refused():
+    """What is computed again would read the other pass's states."""
+    method, batch = make(), {"input_ids": IDS, "labels": IDS}
+    model = method.convert(base("mixtral")).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = model(**batch).loss
+    logits(model, IDS.flip(0))
+    with pytest.raises(NotApplicable, match="state of the layer below"):
+        loss.backward()
+
+
+def test_detached_and_frozen_states_need_no_graph():
+    for options in ({"detach_state": True}, {"pass_state": False}, {"train_routers": False}):
+        method = make(balance=0.0, **options)
+        model = method.convert(base("mixtral")).train()
+        expected = gradients(model, method.loss(model, {"input_ids": IDS, "labels": IDS}))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        loss = method.loss(model, {"input_ids": IDS, "labels": IDS})
+        loss.backward()
+        found = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad
+        ]
+        if options != {"train_routers": False}:  # there gradients still run through the frozen cell
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+def test_random_routers_are_never_trained(tmp_path):
+    model = make(router="random").convert(base("mixtral"))
+    save(model, tmp_path)
+    assert not any(p.requires_grad for r in routers(load(tmp_path)) for p in r.parameters())
+
+
+def test_a_linear_router_changes_nothing_without_normalise():
+    for name in BASES:
+        before = logits(base(name))
+        assert torch.equal(logits(RMoE(router="linear", normalise=None).convert(base(name))), before)
+    plain = logits(base("qwen2_moe"))  # does not divide by the sum
+    assert not torch.allclose(logits(RMoE(router="linear").convert(base("qwen2_moe"))), plain, atol=1e-3)
 
 
 def test_weights_are_divided_by_their_sum_or_not():

@@ -302,6 +302,10 @@ def test_knapsack_against_all_plans(sizes):
         ({"sizes": [1, 2]}, "3 sizes"),
         ({"method": "best"}, '"greedy" or "knapsack"'),
         ({"method": "knapsack"}, "hold no losses"),
+        ({"group_size": 0}, "group_size = 0"),
+        ({"group_size": -8}, "group_size = -8"),
+        ({"backend": "gptq"}, "backend = 'gptq' is not known; use one of rtn, hqq"),
+        ({"choices": (4, True)}, "1 to 8 and 16"),
     ],
 )
 def test_allocation_refuses(options, says):
@@ -426,7 +430,7 @@ def test_a_saved_model_is_the_same(tiny_lm, tiny_tokenizer, tmp_path, backend, a
 
 def test_rounded_values_and_sizes(tiny_lm):
     model, original = tiny_lm("llama"), tiny_lm("llama")
-    report = apply_bit_plan(model, BitPlan((4, 2, 16, 4), (10240,) * 4, group_size=8))
+    report = apply_bit_plan(model, BitPlan((4, 2, 16, 4), (12288,) * 4, group_size=8))
     for (name, value), source in zip(model.named_parameters(), original.parameters(), strict=True):
         layer = re.match(r"model\.layers\.(\d)\..*proj", name)
         bits = (4, 2, 16, 4)[int(layer[1])] if layer else 16
@@ -447,6 +451,69 @@ def test_a_whole_model_fits_its_bytes(tiny_lm):
     assert least < done.report.after <= least + 4000
     with pytest.raises(BadInput, match="target_bytes"):
         make(target_bytes=100_000 if least > 100_000 else least - 1).quantize(tiny_lm("llama"), ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group_size": None},
+        {"choices": (16, 4)},
+        {"backend": "hqq"},
+        {"backend": "hqq", "choices": (16, 3)},
+        {"backend": "hqq", "group_size": None},
+        {"choices": (3, 2)},
+    ],
+)
+def test_bytes_are_what_rounding_takes(tiny_lm, options, dtype):
+    """Whole rows have steps too, hqq's have the weights' dtype, and a layer left alone keeps its own."""
+    high, low = options.get("choices", (4, 2))
+    zd_of = {"importance": "zd", **options}
+    ends = [
+        make(target_bits=b, **zd_of).quantize(tiny_lm("llama").to(dtype)).report.after for b in (high, low)
+    ]
+    for share in (0.3, 0.55):
+        budget = round(ends[1] + share * (ends[0] - ends[1]))
+        done = make(target_bytes=budget, **zd_of).quantize(tiny_lm("llama").to(dtype))
+        assert done.report.after <= budget < done.report.after + (ends[0] - ends[1]) / 4 + 1
+        assert done.plan.stored_bits == pytest.approx(done.report.stored_bits, rel=1e-12)
+        assert plan_of(done.model) == done.plan
+    with pytest.raises(BadInput, match=f"target_bytes = {ends[1] - 1} is less .*; use {ends[1]} or more"):
+        make(target_bytes=ends[1] - 1, **zd_of).quantize(tiny_lm("llama").to(dtype))
+
+
+def test_scores_of_a_model_know_its_bytes(tiny_lm):
+    model = tiny_lm("llama", layers=2)
+    scores = layer_importance(model, "zd")
+    plan = allocate_bits(scores, target_bytes=10**6, choices=(16, 4), backend="hqq", group_size=8)
+    assert plan.bits == (16, 16) and plan.stored_bits == 32  # of float32 weights
+    four = allocate_bits(scores, 4, (16, 4), backend="hqq", group_size=8)
+    assert four.stored_bits == 4 + 2 * 32 / 8
+    assert BitPlan.from_dict(four.to_dict()) == four
+    older = {key: value for key, value in four.to_dict().items() if key != "stored"}
+    assert BitPlan.from_dict(older).bits == four.bits
+
+
+@pytest.mark.parametrize("value", [-7e4, math.nan])
+@pytest.mark.parametrize("backend", ["rtn", "hqq"])
+def test_a_matrix_that_cannot_be_rounded_changes_nothing(tiny_lm, value, backend):
+    model = tiny_lm("llama")
+    model.model.layers[3].mlp.up_proj.weight.data[0, 0] = value if backend == "rtn" else math.inf
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = BitPlan((4, 2, 4, 2), (1,) * 4, group_size=8, backend=backend)
+    with pytest.raises(BadInput, match=r"model\.layers\.3\.mlp\.up_proj\.weight = \(96, 32\) is not finite"):
+        apply_bit_plan(model, plan)
+    assert all(torch.equal(t.nan_to_num(), before[n].nan_to_num()) for n, t in model.state_dict().items())
+    assert not hasattr(model.config, "transfuse_bit_plan")
+
+
+def test_a_plan_of_a_wider_model_is_refused(tiny_lm):
+    plan = make(target_bits=3, importance="zd").plan(tiny_lm("llama"))
+    wider = tiny_lm("llama", hidden=64)
+    with pytest.raises(BadInput, match="sizes of another model"):
+        apply_bit_plan(wider, plan)
+    unknown = allocate_bits([1.0, 2.0, 3.0, 4.0], 3.0, group_size=8)
+    assert apply_bit_plan(wider, unknown).average_bits == 3  # sizes of ones are no one's
 
 
 def test_knapsack_of_three_widths(tiny_lm):

@@ -267,12 +267,7 @@ class EpochOrder(torch.utils.data.Sampler[int]):
 
 
 def minibatches(
-    columns: Mapping[str, torch.Tensor],
-    batch_size: int,
-    *,
-    seed: int,
-    drop_last: bool = False,
-    least: int = 1,
+    columns: Mapping[str, torch.Tensor], batch_size: int, *, seed: int, drop_last: bool = False
 ) -> Callable[[int], Iterator[dict[str, torch.Tensor]]]:
     """Shuffled batches of a data set held in tensors, as `core.training.loop` takes them.
 
@@ -281,7 +276,6 @@ def minibatches(
         batch_size: Rows per batch.
         seed: With the epoch's number, decides the order; the global random state is left alone.
         drop_last: Leave out a last batch that is short.
-        least: A last batch of fewer rows is joined to the one before it.
 
     Returns:
         A function from the number of an epoch to its batches.
@@ -300,11 +294,8 @@ def minibatches(
         order = EpochOrder(count, seed=seed)
         order.set_epoch(number)
         chosen = torch.tensor(list(order))
-        parts = list(chosen.split(batch_size))
-        if len(parts) > 1 and len(parts[-1]) < least and not drop_last:
-            parts[-2:] = [torch.cat(parts[-2:])]
-        for rows in parts:
-            if len(rows) >= batch_size or not drop_last:
+        for rows in chosen.split(batch_size):
+            if len(rows) == batch_size or not drop_last:
                 yield {name: column[rows] for name, column in columns.items()}
 
     return epoch

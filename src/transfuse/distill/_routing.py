@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.divergence import kl_terms
-from ..core.errors import BadInput
-from ._base import model_inputs
 
 __all__ = [
     "Balance",
@@ -23,7 +20,6 @@ __all__ = [
     "Gate",
     "Route",
     "Stages",
-    "check_inputs",
     "cross_entropy",
     "kd_terms",
     "load_balance",
@@ -124,22 +120,6 @@ def load_balance(shares: Tensor, kind: Balance = "kl", *, factor: float | None =
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """With the labels, in float32 at least; a mean."""
     return nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
-
-def check_inputs(model: nn.Module, batch: Mapping[str, Any], argument: str) -> None:
-    """Refuse a batch that lacks what a model's `forward` cannot do without.
-
-    Raises:
-        BadInput: it does.
-    """
-    kind: Any = type(model)
-    some, columns = model_inputs(model, batch), sorted(batch)
-    if not some:
-        raise BadInput(argument, columns, f"hold no input of {kind.__name__}", "name the column so")
-    for name, each in list(inspect.signature(kind.forward).parameters.items())[1:]:
-        needed = each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-        if needed and name not in some:
-            raise BadInput(argument, columns, f"lack {name!r}, which {kind.__name__} reads", "add the column")
 
 
 class Gate(nn.Sequential):

@@ -51,7 +51,6 @@ from torch import Tensor, nn
 from ..core import taps
 from ..core.batches import minibatches
 from ..core.errors import BadInput, IncompatibleModels
-from ..core.runs import check_positive
 from ..core.training import History, loop, seeded
 from ._base import frozen, logits_of, model_inputs
 from ._featuremasks import FeatureMask1d, FeatureMask2d, mask_for, masked_by
@@ -62,7 +61,6 @@ from ._routing import (
     Gate,
     Route,
     Stages,
-    check_inputs,
     cross_entropy,
     kd_terms,
     load_balance,
@@ -160,8 +158,14 @@ class MSTDistill:
         for name, weight in {"w_task": w_task, "w_kl": w_kl, "w_lb": w_lb}.items():
             if not weight >= 0:
                 raise BadInput(name, weight, "is not a weight", "give a number from 0 up")
-        check_positive(batch_size=batch_size, kl_every=kl_every, lb_every=lb_every)
-        for name, number in {"tau": tau, "lr": lr}.items():
+        positive = {
+            "tau": tau,
+            "lr": lr,
+            "batch_size": batch_size,
+            "kl_every": kl_every,
+            "lb_every": lb_every,
+        }
+        for name, number in positive.items():
             if not number > 0:
                 raise BadInput(name, number, "is not positive", "give a number above 0")
         if len(epochs) != 3 or min(epochs) < 0:
@@ -204,7 +208,7 @@ class MSTDistill:
             val: The same of validation data; without it the last epochs are kept.
 
         Raises:
-            BadInput: columns that are missing or of unequal length; a single sample.
+            BadInput: columns that are missing or of unequal length.
             IncompatibleModels: models that disagree about the classes.
             TrainingDiverged: a loss became NaN or infinite.
         """
@@ -354,8 +358,7 @@ class MSTDistill:
         epochs: int,
         end: Callable[[int], None] = lambda epoch: None,
     ) -> History:
-        # Batch norms cannot read one row: a last batch of one is joined to the one before it.
-        batches = minibatches(columns, self.batch_size, seed=self.seed, least=min(2, self.batch_size))
+        batches = minibatches(columns, self.batch_size, seed=self.seed)
 
         def epoch(number: int) -> Iterator[dict[str, Tensor]]:
             yield from batches(number)
@@ -375,9 +378,10 @@ class MSTDistill:
                 problem = "are not columns of one length with labels among them"
                 raise BadInput(name, sizes, problem, "pair the modalities sample by sample")
             for model in models:
-                check_inputs(model, columns, name)
-        if data[0] is not None and len(data[0]["labels"]) < 2:
-            raise BadInput("train", 1, "sample is no data set", "give at least 2")
+                if not model_inputs(model, columns):
+                    raise BadInput(
+                        name, sorted(sizes), f"hold no input of {type(model).__name__}", "name the column so"
+                    )
         assert data[0] is not None
         with frozen(nn.ModuleList(models)), torch.no_grad():
             said = [_say(model, next(self._parts(data[0], 2))) for model in models]

@@ -17,16 +17,19 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from transfuse.core.errors import BadInput, CorruptFile, IncompatibleModels
 from transfuse.core.files import atomic_dir, atomic_write, check_writable, read_tensors, write_tensors
@@ -36,6 +39,8 @@ __all__ = ["MARK", "Conversion", "Latest", "Routing", "flat_mask", "load", "rout
 
 MARK = "transfuse_moe"
 """Entry of a converted model's configuration: class, method and arguments."""
+
+_WARNED: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ class Conversion(ABC):
         Returns:
             A float32 scalar.
         """
+        _warn_untaught(self, model)
         return torch.zeros((), device=next(model.parameters()).device)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -148,6 +154,19 @@ class Conversion(ABC):
     def measurements(self, model: Any) -> dict[str, float]:
         """Figures worth keeping beside a saved model."""
         return {}
+
+
+def _warn_untaught(method: Conversion, model: nn.Module) -> None:
+    """Say once for a model that its blocks lack the teachers which a term of the loss needs."""
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "teacher")]
+    if not (model.training and blocks and getattr(method, "par_weight", 0) > 0 and model not in _WARNED):
+        return
+    if all(block.teacher is None for block in blocks):
+        _WARNED.add(model)
+        problem = "the frozen blocks that routers learn from are gone (a saved model does not keep them)"
+        warnings.warn(
+            f"{problem}: training goes on without L_PA; convert the dense model again", stacklevel=4
+        )
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
@@ -167,7 +186,7 @@ def save(
 ) -> Path:
     """Write a converted model as a folder that `load` reads, with its lineage, in one rename.
 
-    A teacher that a block still holds for training is not written.
+    A teacher that a block still holds for training is not written: loaded again, a FactorLLM model trains without L_PA.
 
     Args:
         model: What a conversion returned.
@@ -188,6 +207,8 @@ def save(
         stored = json.loads(model.config.to_json_string())
         config = {**stored, "model_type": f"{MARK}_{model.config.model_type}"}
         atomic_write(work / "config.json", json.dumps(config, indent=2) + "\n")
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.to_json_file(work / GENERATION_CONFIG_NAME)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         write_lineage(
@@ -200,6 +221,16 @@ def save(
             usage='model = transfuse.moe.load("this folder")',
         )
     return target
+
+
+def _generation(path: Path) -> Any:
+    """The settings of generation that `save` wrote, if it did."""
+    if not path.is_file():
+        return None
+    try:
+        return transformers.GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CorruptFile("folder", str(path), f"cannot be read ({error})", "save the model again") from error
 
 
 def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Any:
@@ -221,6 +252,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         method = catalogue.get(mark["method"])(**mark["arguments"])
         config = transformers.AutoConfig.for_model(kind, **stored)
         build = getattr(transformers, mark["class"])
+        generation = _generation(path / GENERATION_CONFIG_NAME)
     except BadInput:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -242,5 +274,7 @@ def load(folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") 
         # Copied: where a file's tensors happen to lie in memory decides how products are rounded.
         tensor.data = tensors[name].to(tensor.data.device, copy=True)
     model.tie_weights()
+    if generation is not None:
+        model.generation_config = generation
     setattr(model.config, MARK, mark)
     return model.to(device).eval()

@@ -56,8 +56,9 @@ def chain(
     decisions: list[Routing] = []
     for router in routers:
         if not (fixed and decisions):
-            logits = nn.functional.linear(x.float(), router.float())
-            weights, indices = choose(logits, k, normalise=normalise, scale=scale)
+            with torch.autocast(x.device.type, enabled=False):
+                logits = nn.functional.linear(x.float(), router.float())
+                weights, indices = choose(logits, k, normalise=normalise, scale=scale)
             decision = Routing(logits, indices, weights)
         y = experts(x, decision.indices, decision.weights.to(x.dtype))
         if shared is not None:
@@ -108,6 +109,8 @@ def steps_of(top_k: int, num_steps: int) -> int:
 def combination_gain(num_experts: int, experts_per_step: int, num_steps: int) -> float:
     """How many more combinations of experts a chain has than one choice of as many: C(N, K')^C / C(N, K'C).
 
+    Infinite where a float cannot hold it.
+
     Raises:
         BadInput: more experts are chosen than there are.
     """
@@ -115,9 +118,11 @@ def combination_gain(num_experts: int, experts_per_step: int, num_steps: int) ->
     if experts_per_step * num_steps > num_experts:
         problem = f"times {num_steps} is more than {num_experts} experts"
         raise BadInput("experts_per_step", experts_per_step, problem, "choose fewer")
-    return math.comb(num_experts, experts_per_step) ** num_steps / math.comb(
-        num_experts, experts_per_step * num_steps
-    )
+    chained = math.comb(num_experts, experts_per_step) ** num_steps
+    try:
+        return chained / math.comb(num_experts, experts_per_step * num_steps)
+    except OverflowError:
+        return math.inf
 
 
 def expert_flops(
@@ -169,6 +174,13 @@ def asymmetry(counts: Tensor) -> float:
 
 
 def concentration(counts: Tensor) -> float:
-    """How far co-activation is from uniform: 1 - entropy / log N^2, 0 for uniform, 1 for a single pair."""
+    """How far co-activation is from uniform: 1 - entropy / log N^2, 0 for uniform, 1 for a single pair.
+
+    Raises:
+        BadInput: nothing was counted, or there is one expert only.
+    """
+    if counts.numel() < 2 or not float(counts.sum()) > 0:
+        problem = "has no pairs to compare"
+        raise BadInput("counts", tuple(counts.shape), problem, "count two rounds: coactivation(...)")
     p = counts.double().flatten() / counts.sum()
     return 1 - float(-torch.special.xlogy(p, p).sum() / math.log(p.numel()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,16 +90,25 @@ def simulate_cluster(
         home: Device of each token's context, `[N]`; by default tokens are dealt out in turn.
         intra: Links within a node.
         inter: Links between nodes.
+
+    Raises:
+        BadInput: an unknown schedule, negative sizes, or homes that are not a device for each token.
     """
+    for name, size in (("hidden_bytes", hidden_bytes), ("context_bytes", context_bytes)):
+        if not 0 <= size < math.inf:
+            raise BadInput(name, size, "is no number of bytes", "give 0 or more")
     if schedule not in ("vanilla", "coherent"):
         raise BadInput("schedule", schedule, "is not known", 'use "vanilla" or "coherent"')
     if not isinstance(trace, RoutingTrace):
         trace = RoutingTrace.of(trace, [len(d) for d in plan.devices])
     plan._check(trace.num_experts)
     cluster, count = plan.topology, len(trace)
-    at = np.arange(count) % cluster.devices if home is None else np.asarray(home, dtype=np.int64)
-    if at.shape != (count,) or at.min() < 0 or at.max() >= cluster.devices:
-        raise BadInput("home", at.shape, f"is not a device of {cluster.devices} for each token", "mend it")
+    at = np.arange(count) % cluster.devices if home is None else np.asarray(home)
+    whole = np.issubdtype(at.dtype, np.integer)
+    if not whole or at.shape != (count,) or at.min() < 0 or at.max() >= cluster.devices:
+        problem = f"is not a device of {cluster.devices} for each of {count} tokens"
+        raise BadInput("home", f"{at.dtype} {at.shape}", problem, "give a whole number for each")
+    at = at.astype(np.int64)
     several = trace.experts.shape[2] > 1
     meter = _Meter(cluster, hidden_bytes, intra, inter)
     for layer, devices in enumerate(plan.devices):

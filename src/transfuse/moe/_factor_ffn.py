@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from transfuse.core.errors import BadInput, NotApplicable
-from transfuse.core.runs import evaluating
+from transfuse.core.runs import check_positive, evaluating
 from transfuse.core.taps import decoder_layers
 from transfuse.core.training import generator, seeded
 from transfuse.moe._base import Latest, Routing
@@ -229,9 +229,8 @@ class FactorizedFFN(nn.Module):
             rows = (indices == j).any(-1).nonzero().squeeze(-1)
             if len(rows):
                 part = slice(j * size, (j + 1) * size)
-                y = y.index_add(
-                    0, rows, nn.functional.linear(self.hidden(x[rows], part), _weight(down)[:, part])
-                )
+                written = nn.functional.linear(self.hidden(x[rows], part), _weight(down)[:, part])
+                y = y.index_add(0, rows, written.to(y.dtype))  # autocast writes in half precision
         y = y * (self.experts / self.top_k)
         return y if down.bias is None else y + down.bias
 
@@ -271,13 +270,25 @@ def split_neurons(rows: Tensor, experts: int, split: Split, seed: int) -> Tensor
 
     Returns:
         int64 `[f]`: `order[i]` is the old number of the neuron that comes i-th.
+
+    Raises:
+        BadInput: an unknown split, or E does not divide f.
     """
     count = len(rows)
+    if split not in SPLITS:
+        raise BadInput("split", split, "is not known", f"use one of {', '.join(SPLITS)}")
+    _check_share(count, "experts", experts)
     if split == "random":
         return torch.randperm(count, generator=generator(seed))
     if split == "kmeans":
         return balanced_kmeans(rows, experts, seed).sort(stable=True).indices
     return torch.arange(count)
+
+
+def _check_share(count: int, name: str, parts: int) -> None:
+    check_positive(**{name: parts})
+    if count % parts:
+        raise BadInput(name, parts, f"does not divide {count} rows", f"use a divisor of {count}")
 
 
 @torch.no_grad()
@@ -295,7 +306,11 @@ def balanced_kmeans(rows: Tensor, clusters: int, seed: int, iterations: int = 20
 
     Returns:
         int64 `[n]`: the cluster of each vector.
+
+    Raises:
+        BadInput: n is no multiple of `clusters`.
     """
+    _check_share(len(rows), "clusters", clusters)
     x = rows.detach().float().cpu()
     size = len(x) // clusters
     centres = x[torch.randperm(len(x), generator=generator(seed))[:clusters]]

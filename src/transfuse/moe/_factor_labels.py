@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import BadInput
+from transfuse.core.runs import check_positive
+from transfuse.moe._base import flat_mask
 
 __all__ = [
     "LABELS",
@@ -43,7 +45,11 @@ def individual_labels(outputs: Tensor, dense: Tensor, k: int) -> Tensor:
 
     Returns:
         float32 `[T, E]` of zeros and ones, k ones per row.
+
+    Raises:
+        BadInput: k is not from 1 to E.
     """
+    _check_k(k, outputs.shape[1])
     share = k / outputs.shape[1]
     errors = (outputs.float() - share * dense.float()[:, None]).square().mean(-1)
     return torch.zeros_like(errors).scatter(1, errors.topk(k, largest=False).indices, 1.0)
@@ -75,9 +81,10 @@ def subset_labels(outputs: Tensor, dense: Tensor, k: int) -> Tensor:
         float32 `[T, E]` of zeros and ones, k ones per row.
 
     Raises:
-        BadInput: there are too many sets.
+        BadInput: there are too many sets, or k is not from 1 to E.
     """
     experts = outputs.shape[1]
+    _check_k(k, experts)
     check_subsets(experts, k)
     y, target = outputs.float(), dense.float()
     scale = experts / k
@@ -100,6 +107,7 @@ def check_subsets(experts: int, k: int) -> None:
     Raises:
         BadInput: there are.
     """
+    check_positive(experts=experts, top_k=k)
     if math.comb(experts, k) > MOST_SUBSETS:
         problem = f"has {math.comb(experts, k):,} sets of {k}, more than {MOST_SUBSETS:,}"
         raise BadInput("experts", experts, problem, 'use label="individual"')
@@ -116,7 +124,11 @@ def router_loss(
         target: "kl" is KL(p || q) with p the router's and q the labels' softmax, both clipped to [1e-7, 1 - 1e-7];
             "bce" the binary cross-entropy of each expert, summed over experts.
         mask: bool `[T]`, the tokens that count; None for all.
+
+    Raises:
+        BadInput: an unknown target, or a mask of other tokens.
     """
+    _check_known("target", target, TARGETS)
     if target == "kl":
         p, q = (t.float().softmax(-1).clamp(1e-7, 1 - 1e-7) for t in (logits, labels))
         each = (p * (p / q).log()).sum(-1)
@@ -146,7 +158,12 @@ def par_loss(
         label: See `individual_labels` and `subset_labels`.
         target: See `router_loss`.
         mask: bool `[T]`, the tokens that count; None for all.
+
+    Raises:
+        BadInput: an unknown label or target, k not from 1 to E, or a mask of other tokens.
     """
+    _check_known("label", label, LABELS)
+    _check_known("target", target, TARGETS)
     make = subset_labels if label == "subset" else individual_labels
     labels = make(expert_outputs.detach(), dense_output.detach(), k)
     return router_loss(router_logits, labels, target=target, mask=mask)
@@ -159,7 +176,11 @@ def balance_loss(logits: Tensor, k: int, *, mask: Tensor | None = None) -> Tenso
         logits: `[T, E]`.
         k: Experts per token.
         mask: bool `[T]`, the tokens that count; None for all.
+
+    Raises:
+        BadInput: k is not from 1 to E, or a mask of other tokens.
     """
+    _check_k(k, logits.shape[-1])
     p = logits.float().softmax(-1)
     return _mean(p.topk(k).values.sum(-1) / p.shape[-1], mask)
 
@@ -167,4 +188,16 @@ def balance_loss(logits: Tensor, k: int, *, mask: Tensor | None = None) -> Tenso
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
-    return (values * mask).sum() / mask.sum().clamp_min(1)
+    kept = flat_mask(mask, values.numel(), values.device)
+    return (values * kept).sum() / kept.sum().clamp_min(1)
+
+
+def _check_k(k: int, experts: int) -> None:
+    check_positive(k=k)
+    if k > experts:
+        raise BadInput("k", k, f"is more than the {experts} experts", "choose at most all of them")
+
+
+def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise BadInput(name, value, "is not known", f"use one of {', '.join(known)}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,8 @@ class PlacementPlan:
     def permute_experts(self, model: Any, *, inverse: bool = False) -> Any:
         """Reorder experts in place, so that equal contiguous shards realise the plan; the model says what it said.
 
-        Expert weights, the router's rows and biases and every other tensor with one entry per expert move together.
-        Each block is tried on random tokens before and after.
+        Expert weights, the router's rows and biases and every other tensor with one entry per expert move together;
+        tensors that blocks share stay. Each block is tried on random tokens before and after.
 
         Args:
             model: The profiled model, or one of its architecture.
@@ -173,7 +174,7 @@ class PlacementPlan:
         Raises:
             IncompatibleModels: the plan is of another number of layers or experts.
             NotApplicable: devices hold unequal numbers of experts, or a router's choice depends on the experts'
-                order (group-limited routing). The model is then as it was.
+                order (group-limited routing, logits of the layer below). The model is then as it was.
         """
         modules = expert_modules(model)
         counts = [int(m.num_experts) for m in modules.values()]  # type: ignore[arg-type]
@@ -186,14 +187,23 @@ class PlacementPlan:
             raise NotApplicable(
                 "plan", "loads", "are unequal: shards would not be", 'solve with balance="hard"'
             )
+        blocks = [model.get_submodule(name.rpartition(".")[0]) for name in modules]
+        for name, block in zip(modules, blocks):
+            if any(getattr(router, "logit_residual", 0) for router in _routers(block)):
+                problem = "adds logits of the layer below, whose experts have another order"
+                raise NotApplicable("model", name, problem, "place a model with logit_residual = 0")
+        shared = _shared(blocks)
+        for name, module in modules.items():
+            if any(id(tensor) in shared for tensor in _tensors(module, True)):
+                problem = "has the experts of another layer too"
+                raise NotApplicable("model", name, problem, "place a model whose layers have their own")
         done: list[tuple[torch.Tensor, int, list[int]]] = []
-        for layer, (name, module) in enumerate(modules.items()):
+        for layer, ((name, module), block) in enumerate(zip(modules.items(), blocks)):
             order = self.order(layer)
             if inverse:
                 order = np.argsort(order).tolist()
-            block = model.get_submodule(name.rpartition(".")[0])
             before = _answers(block, model)
-            changed = _reorder(block, module, order)
+            changed = _reorder(block, module, order, shared)
             done += changed
             if not _alike(before, _answers(block, model)):
                 for tensor, axis, used in reversed(done):
@@ -272,8 +282,24 @@ def _alike(before: torch.Tensor | None, after: torch.Tensor | None) -> bool:
     return bool(far.float().mean() <= 0.1)  # in half precision a close call may go the other way
 
 
+def _routers(block: nn.Module) -> list[nn.Module]:
+    return [module for name, module in block.named_children() if name in ROUTERS]
+
+
+def _shared(blocks: Sequence[nn.Module]) -> set[int]:
+    """Ids of the tensors that more than one block holds."""
+    counts = Counter(id(tensor) for block in blocks for tensor in _tensors(block, True))
+    return {key for key, count in counts.items() if count > 1}
+
+
+def _of_router(router: nn.Module) -> list[torch.Tensor]:
+    """A router's tensors that may have one entry per expert: all, unless it names them."""
+    named = getattr(router, "per_expert", None)
+    return _tensors(router, True) if named is None else [getattr(router, name) for name in named]
+
+
 def _reorder(
-    block: nn.Module, experts: nn.Module, order: list[int]
+    block: nn.Module, experts: nn.Module, order: list[int], shared: Set[int]
 ) -> list[tuple[torch.Tensor, int, list[int]]]:
     """Reorder every tensor of a block that has one entry per expert; what was changed, along which axis, how."""
     count, found = len(order), []
@@ -282,8 +308,8 @@ def _reorder(
         if tensor.dim() and (tensor.shape[0] == count or stacked):
             size = tensor.shape[0] // count  # some keep all experts' rows one under the other
             found.append((tensor, 0, [e * size + i for e in order for i in range(size)]))
-    routers = [module for name, module in block.named_children() if name in ROUTERS]
-    for tensor in [t for module in routers for t in _tensors(module, True)] + list(_tensors(block, False)):
+    routers = [tensor for router in _routers(block) for tensor in _of_router(router)]
+    for tensor in [t for t in [*routers, *_tensors(block, False)] if id(t) not in shared]:
         axis = next((i for i in (0, tensor.dim() - 1) if tensor.dim() and tensor.shape[i] == count), None)
         if axis is not None:
             found.append((tensor, axis, order))

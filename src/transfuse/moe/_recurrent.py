@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.errors import BadInput
+from transfuse.core.errors import BadInput, NotApplicable
 from transfuse.core.training import seeded
 from transfuse.moe._base import Latest, Routing
 from transfuse.moe._experts import choose
 
-__all__ = ["Cell", "RecurrentRouter", "RouterState", "cosine_logits", "gru_step"]
+__all__ = ["Cell", "RecurrentRouter", "RouterState", "check_graph", "cosine_logits", "gru_step"]
 
 RouterKind = Literal["gru", "rnn", "lstm", "linear", "mlp", "cosine", "xmoe", "random"]
 CELLS = {"gru": 3, "rnn": 1, "lstm": 4}  # how many matrices a cell stacks
@@ -97,8 +97,26 @@ def cosine_logits(x: Tensor, centres: Tensor, temperature: Tensor | float) -> Te
     return cosines / temperature
 
 
+def check_graph(tensor: Tensor, what: str) -> None:
+    """Refuse to go on without a graph that gradients need.
+
+    Raises:
+        NotApplicable: `tensor` has none.
+    """
+    if not tensor.requires_grad:
+        remedy = (
+            'use gradient_checkpointing_kwargs={"use_reentrant": False}, or no torch.no_grad() in training'
+        )
+        raise NotApplicable(
+            "model", what, "was computed without a graph, so gradients would be wrong", remedy
+        )
+
+
 class RecurrentRouter(nn.Module):
     """A router of one layer; called like those of transformers' expert blocks.
+
+    Layers meet in `state`, so each pass in training mode needs its own backward pass before the next one where
+    activations are computed again (gradient checkpointing), and that must be of the kind `use_reentrant=False`.
 
     Args:
         hidden_size: d, the length of a token's vector.
@@ -119,7 +137,10 @@ class RecurrentRouter(nn.Module):
 
     Raises:
         BadInput: more experts per token than there are, or a state without length.
+        NotApplicable: on a forward pass in training, the state of the layer below carries no graph.
     """
+
+    per_expert = ("weight",)  # what a change of the experts' order moves
 
     def __init__(
         self,
@@ -173,7 +194,7 @@ class RecurrentRouter(nn.Module):
             width = XMOE_WIDTH
         if last != "linear":
             self.temperature = nn.Parameter(torch.empty(()))
-        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.weight = nn.Parameter(torch.empty(num_experts, width), requires_grad=router != "random")
 
     def draw(self, seed: int) -> None:
         """Draw this layer's parameters, and those of cell and projector where it was given none."""
@@ -186,8 +207,6 @@ class RecurrentRouter(nn.Module):
                     module.draw()
                 elif isinstance(module, nn.Linear) and name in {"reduce", *self.owned}:
                     nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-        if self.router == "random":
-            self.weight.requires_grad_(False)
 
     def route(
         self, x: Tensor, before: tuple[Tensor, ...] | None = None, below: Tensor | None = None
@@ -234,9 +253,17 @@ class RecurrentRouter(nn.Module):
         i = self.layer_idx
         with torch.autocast(x.device.type, enabled=False):
             before = self.state.cells[i - 1] if i else None
+            if before is not None and self._learns_below():
+                check_graph(before[0], "state of the layer below")
             logits, state = self.route(x, before, self.state.logits[i - 1] if i else None)
             weights, indices = choose(logits, self.top_k, normalise=self.normalise, scale=self.scale)
         self.state.cells[i], self.state.logits[i] = state, logits
         weights = weights.to(x.dtype)
         self.latest[:] = [Routing(logits, indices, weights)]
         return logits, weights, indices
+
+    def _learns_below(self) -> bool:
+        """Whether gradients are to go on to the layer below."""
+        if not (self.training and torch.is_grad_enabled() and self.pass_state and not self.detach_state):
+            return False
+        return self.router in CELLS and self.cell.weight_ih.requires_grad

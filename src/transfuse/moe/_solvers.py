@@ -5,6 +5,7 @@ All minimise sum_l sum_ij F_l[i, j] [device of i != device of j] over balanced p
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import BadInput, NotApplicable
+from ..core.runs import check_positive
 from ._descent import cost_of, descend
 from ._exact import Devices, Flows, counts_of, exact
 from ._milp import programme
@@ -61,13 +63,15 @@ def solve_placement(
             every device, and as many experts in all on each.
         staged: With several nodes: False minimises a move's cost of 1 within a node and 2 between nodes at once
             (descent only).
-        warm: A placement to start from.
+        warm: A placement on the same cluster that the descent starts from as well; with several nodes it counts for
+            the division among them (unless `staged` is False). The other solvers look at it no further.
         restarts: Random starts of descent.
         time_limit: Seconds per integer programme.
         seed: Of the random starts.
 
     Raises:
-        BadInput: E does not divide among the devices; halving needs a power of two; unknown options.
+        BadInput: E does not divide among the devices; halving needs a power of two; unknown options; `warm` is of other
+            experts or another cluster.
         NotApplicable: the case is too large for the solver, or the solver cannot do what is asked.
         MissingExtra: scipy is not installed.
     """
@@ -82,11 +86,7 @@ def solve_placement(
         "limit": time_limit,
         "seed": seed,
     }
-    start = None if warm is None else list(warm.devices)
-    if start is not None and [len(d) for d in start] != list(affinity.num_experts):
-        raise BadInput(
-            "warm", [len(d) for d in start], "is of other experts", "start from a plan of this model"
-        )
+    start = None if warm is None else _start(warm, affinity, cluster)
     flows, groups = affinity.flow, cluster.devices
     if solver == "bipartition":
         devices = _halve(flows, groups, options, facts)
@@ -109,17 +109,29 @@ def solve_placement(
     )
 
 
+def _start(warm: PlacementPlan, affinity: ExpertAffinity, cluster: Topology) -> list[Devices]:
+    counts = [len(d) for d in warm.devices]
+    if counts != list(affinity.num_experts):
+        raise BadInput("warm", counts, "is of other experts", "start from a plan of this model")
+    if warm.topology != cluster:
+        raise BadInput("warm", warm.topology, "is of another cluster", f"start from a plan for {cluster}")
+    return list(warm.devices)
+
+
 def _check(
     affinity: ExpertAffinity, cluster: Topology, solver: str, balance: str, hard_limit: float | None, staged: bool,
     restarts: int,
 ) -> None:  # fmt: skip
+    if not isinstance(affinity, ExpertAffinity):
+        remedy = "count one: ExpertAffinity.from_trace(...)"
+        raise BadInput("affinity", type(affinity).__name__, "is no affinity", remedy)
     check_divides(affinity.num_experts, cluster.devices)
     if solver not in ("descent", "bipartition", "milp", "exact"):
         raise BadInput("solver", solver, "is not known", 'use "descent", "bipartition", "milp" or "exact"')
     if balance not in ("hard", "soft"):
         raise BadInput("balance", balance, "is not known", 'use "hard" or "soft"')
-    if restarts < 0:
-        raise BadInput("restarts", restarts, "is negative", "give 0 or more")
+    if not isinstance(restarts, int) or restarts < 0:
+        raise BadInput("restarts", restarts, "is not a count", "give 0 or more")
     if solver == "bipartition" and cluster.devices & (cluster.devices - 1):
         raise BadInput("devices", cluster.devices, "is no power of two", "use another solver")
     if balance == "soft" and (solver in ("bipartition", "exact") or cluster.nodes > 1):
@@ -196,10 +208,10 @@ class Profiled(NamedTuple):
     """What incremental profiling gives.
 
     Attributes:
-        plan: The last placement.
+        plan: The best placement on the tokens profiled by then, which is the last or the one before it.
         tokens: How many tokens it took.
         stable: Whether it stopped because the placement did.
-        history: (tokens, cost of the placement so far, cost of the new one), on the tokens profiled by then.
+        history: (tokens, cost of the placement so far, cost of the one solved for), on the tokens profiled by then.
     """
 
     plan: PlacementPlan
@@ -218,8 +230,9 @@ def profile_incrementally(
 ) -> Profiled:
     """Solve on the first `step` tokens, add as many at a time, and stop when the placement is stable.
 
-    Each solve starts from the placement before. It is stable when a new one would lower the expected share of moves, on
-    all tokens so far, by less than `tolerance` of itself.
+    Each solve starts from the placement before (as far as `solve_placement` uses `warm`), which stays if the new one
+    costs more. It is stable when a new one would lower the expected share of moves, on all tokens so far, by no more
+    than `tolerance` of itself.
 
     Args:
         trace: All tokens there are.
@@ -229,10 +242,12 @@ def profile_incrementally(
         **options: Of `solve_placement`.
 
     Raises:
-        BadInput: as `solve_placement`; a step below 1.
+        BadInput: as `solve_placement`; a step below 1; no `RoutingTrace`.
     """
-    if step < 1:
-        raise BadInput("step", step, "is not a count", "give 1 or more")
+    check_positive(step=step)
+    if not isinstance(trace, RoutingTrace):
+        remedy = "make one: RoutingTrace.of(ids, num_experts)"
+        raise BadInput("trace", type(trace).__name__, "is no trace", remedy)
     plan, history, used = None, [], 0
     while used < len(trace):
         used = min(used + step, len(trace))
@@ -241,7 +256,10 @@ def profile_incrementally(
         before = math.nan if plan is None else plan.expected_fraction(affinity)
         history.append((used, before, fresh.cost))
         stable = plan is not None and before - fresh.cost <= tolerance * before
-        plan = fresh
+        if plan is None or fresh.cost <= before:
+            plan = fresh
+        else:
+            plan = dataclasses.replace(plan, cost=before, facts={**plan.facts, "tokens": affinity.tokens})
         if stable:
             return Profiled(plan, used, True, history)
     assert plan is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ class RoutingTrace:
             layers: Names of the layers.
 
         Raises:
-            BadInput: no tokens, fewer than two layers, an id out of range (the first token and layer are named).
+            BadInput: no tokens, fewer than two layers, an id out of range (the first token and layer are named),
+                weights of another shape.
         """
         ids = np.asarray(experts.cpu() if isinstance(experts, torch.Tensor) else experts)
         if ids.ndim == 2:
@@ -66,7 +68,10 @@ class RoutingTrace:
             raise BadInput(
                 "trace", ids.shape, "has fewer than two layers of experts", "there is nothing to place"
             )
-        counts = (num_experts,) * ids.shape[1] if isinstance(num_experts, int) else tuple(num_experts)
+        each = list(num_experts) if isinstance(num_experts, Iterable) else [num_experts] * ids.shape[1]
+        if not all(isinstance(count, Integral) for count in each):
+            raise BadInput("num_experts", num_experts, "are not whole numbers", "mend it")
+        counts = tuple(int(count) for count in each)
         if len(counts) != ids.shape[1] or min(counts) < 1:
             raise BadInput("num_experts", counts, f"is not one count per layer ({ids.shape[1]})", "mend it")
         wrong = (ids < 0) | (ids >= np.array(counts)[None, :, None])
@@ -76,11 +81,7 @@ class RoutingTrace:
             raise BadInput(
                 where, int(ids[token, layer, slot]), f"is no expert of {counts[layer]}", "count from 0"
             )
-        shares = (
-            np.ones(ids.shape)
-            if weights is None
-            else np.asarray(weights, dtype=np.float64).reshape(ids.shape)
-        )
+        shares = _shares(weights, ids.shape)
         if not np.isfinite(shares).all() or (shares < 0).any():
             raise BadInput("weights", "a weight", "is negative or not finite", "give the router's weights")
         total = shares.sum(-1, keepdims=True)
@@ -99,6 +100,18 @@ class RoutingTrace:
         """The first share of the tokens, to profile, and the rest, to measure on."""
         cut = int(len(self) * share)
         return self.part(0, cut), self.part(cut)
+
+
+def _shares(weights: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Weights of a trace's shape, where the last axis may be left out if it has one entry."""
+    if weights is None:
+        return np.ones(shape)
+    found = np.asarray(
+        weights.detach().cpu() if isinstance(weights, torch.Tensor) else weights, dtype=np.float64
+    )
+    if found.shape not in (shape, *([shape[:2]] if shape[2] == 1 else [])):
+        raise BadInput("weights", found.shape, f"are not {shape}", "give one for each id of the trace")
+    return found.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -194,24 +207,25 @@ def collect_routing_trace(model: Any, batches: Any, *, max_tokens: int | None = 
         max_tokens: Stop after that many.
 
     Raises:
-        NotApplicable: the model has no such layers, or a layer saw other tokens than the first.
+        NotApplicable: the model has no such layers, a layer saw other tokens than the first, or calls its experts more
+            than once (Chain-of-Experts): rounds of one layer cannot be placed apart.
         BadInput: no tokens.
     """
     modules = expert_modules(model)
-    calls: dict[str, dict[str, Any]] = {}
+    calls: dict[str, list[dict[str, Any]]] = {}
     kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in modules}
     count, training, device = 0, model.training, next(model.parameters()).device
     model.eval()
     try:
         with contextlib.ExitStack() as stack:
             for name, module in modules.items():
-                stack.enter_context(watch(module, lambda given, name=name: calls.__setitem__(name, given)))  # type: ignore[misc]
+                stack.enter_context(watch(module, lambda given, name=name: calls[name].append(given)))  # type: ignore[misc]
             for ids, mask in _batches(batches):
-                calls.clear()
+                calls = {name: [] for name in modules}
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
                 real = mask.reshape(-1).bool()
                 for name in modules:
-                    chosen, weights = _decision(calls.get(name, {}))
+                    chosen, weights = _decision(name, calls[name])
                     if chosen is None or weights is None or len(chosen) != len(real):
                         problem = "did not see every token of the batch"
                         raise NotApplicable(
@@ -236,7 +250,13 @@ def collect_routing_trace(model: Any, batches: Any, *, max_tokens: int | None = 
     )
 
 
-def _decision(given: Mapping[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _decision(
+    name: str, calls: Sequence[Mapping[str, Any]]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if len(calls) > 1:
+        problem = f"calls its experts {len(calls)} times in a pass"
+        raise NotApplicable("model", name, problem, "give a model that routes once per layer")
+    given = calls[0] if calls else {}
     chosen = next((given[key] for key in _INDICES if key in given), None)
     weights = next((given[key] for key in _WEIGHTS if key in given), None)
     if chosen is None or weights is None:

@@ -28,7 +28,10 @@ logits below), `shared_projector`, cells "rnn" and "lstm", `head="xmoe"`; router
 "random" (drawn and never trained).
 
 `convert` exchanges the routers of a transformers model; its experts stay as they are. A linear router is the model's
-own, with which nothing changes.
+own; with `normalise=None` as well nothing changes.
+
+Each forward pass in training needs its own backward pass before the next one if activations are checkpointed: what is
+computed again reads the states of the latest pass. Reentrant checkpointing cuts the recurrent gradient and is refused.
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", ...))
     method = RMoE(state_size=64)
@@ -39,13 +42,14 @@ own, with which nothing changes.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from transfuse.core.errors import BadInput
+from transfuse.core.errors import BadInput, NotApplicable
 from transfuse.core.runs import check_positive
 from transfuse.moe._base import Conversion, flat_mask
 from transfuse.moe._experts import expert_sites
@@ -55,6 +59,7 @@ from transfuse.moe._recurrent import (
     RecurrentRouter,
     RouterKind,
     RouterState,
+    check_graph,
     cosine_logits,
     gru_step,
 )
@@ -107,8 +112,14 @@ def routing_mutual_information(probabilities_a: Tensor, probabilities_b: Tensor,
         bins: Number of bins.
 
     Raises:
-        BadInput: the shapes differ.
+        BadInput: the shapes differ, there is no token, or no bin.
     """
+    check_positive(bins=bins)
+    if probabilities_a.dim() != 2 or not probabilities_a.numel():
+        shape = tuple(probabilities_a.shape)
+        raise BadInput(
+            "probabilities_a", shape, "is not [T, N] of some tokens", "give a layer's probabilities"
+        )
     if probabilities_a.shape != probabilities_b.shape:
         shapes = tuple(probabilities_a.shape), tuple(probabilities_b.shape)
         raise BadInput(
@@ -129,15 +140,27 @@ def router_entropy(probabilities: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1)
 
 
-def expert_similarity(experts: Any) -> float:
+def expert_similarity(model: Any) -> float:
     """How alike the experts of a block are: the mean of the Gram matrix of their mean keys and values.
 
     Per expert, the means over its neurons of what they read (gate and up matrix) and of what they write are each
     divided by their norm and joined.
 
     Args:
-        experts: A block's `experts`, with `gate_up_proj` `[N, 2 f, d]` and `down_proj` `[N, d, f]`.
+        model: A model, of which the mean over its blocks is taken, one block, or its `experts`, with `gate_up_proj`
+            `[N, 2 f, d]` and `down_proj` `[N, d, f]`.
+
+    Raises:
+        NotApplicable: it holds no such experts.
     """
+    found = [m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "num_experts")]
+    if not found:
+        remedy = "give a mixture of experts of transformers"
+        raise NotApplicable("model", type(model).__name__, "holds no stacked experts", remedy)
+    return sum(_similarity(experts) for experts in found) / len(found)
+
+
+def _similarity(experts: Any) -> float:
     with torch.no_grad():
         gate, up = experts.gate_up_proj.float().chunk(2, dim=1)
         means = [gate.mean(1), up.mean(1), experts.down_proj.float().mean(2)]
@@ -223,6 +246,15 @@ class RMoE(Conversion):
                 raise BadInput(name, getattr(self, name), "is not known", f"use one of {', '.join(known)}")
         if not self.balance >= 0:
             raise BadInput("balance", self.balance, "is negative", "give 0 or more")
+        if not math.isfinite(self.logit_residual):
+            raise BadInput(
+                "logit_residual", self.logit_residual, "is not finite", "give a share, such as 0.5"
+            )
+        if fresh and self.router not in CELLS:
+            for name, plain in (("shared_projector", False), ("head", "linear")):
+                if getattr(self, name) != plain:
+                    problem = f"has no effect with router={self.router!r}"
+                    raise BadInput(name, getattr(self, name), problem, f"use one of {', '.join(CELLS)}")
         sites = expert_sites(model, check=fresh)
         state = RouterState(len(sites))
         cell = projector = None
@@ -251,10 +283,17 @@ class RMoE(Conversion):
             site.block.gate = router.train(gate.training)
 
     def auxiliary(self, model: Any, mask: Tensor | None = None) -> Tensor:
-        """The weighted balance term over all layers."""
+        """The weighted balance term over all layers.
+
+        Raises:
+            NotApplicable: routers learn, but the pass left no graph.
+        """
         routers = [m for m in model.modules() if isinstance(m, RecurrentRouter) and m.latest]
         if not routers:
             return super().auxiliary(model)
         logits = [router.latest[0].logits for router in routers]
+        learns = any(router.training and router.weight.requires_grad for router in routers)
+        if self.balance and learns and torch.is_grad_enabled():
+            check_graph(logits[-1], "logits of the routers")
         kept = None if mask is None else flat_mask(mask, len(logits[0]), logits[0].device)
         return self.balance * switch_balance(logits, routers[0].top_k, mask=kept)

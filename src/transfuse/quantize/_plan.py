@@ -12,7 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..core.errors import BadInput
-from ._rounding import FULL
+from ..core.runs import check_positive
+from ._costs import layer_bytes
+from ._rounding import BACKENDS, FULL
 from ._scores import LayerScores
 
 __all__ = ["BitPlan", "Method", "allocate_bits"]
@@ -35,6 +37,7 @@ class BitPlan:
         group_size: Weights that share a step and an offset; None for whole rows.
         backend: What rounds: "rtn" or "hqq".
         scored: What ranked the layers.
+        stored: Bytes of each layer's matrices, packed, with steps and offsets; empty where the model is not known.
     """
 
     bits: tuple[int, ...]
@@ -44,6 +47,7 @@ class BitPlan:
     group_size: int | None = 32
     backend: str = "rtn"
     scored: str = ""
+    stored: tuple[int, ...] = ()
 
     @property
     def average_bits(self) -> float:
@@ -52,10 +56,13 @@ class BitPlan:
 
     @property
     def stored_bits(self) -> float:
-        """The same with a 16-bit step and a 16-bit offset per group: one bit more for groups of 32.
+        """The same with steps and offsets, from `stored`; layers of 16 bits count in the model's own dtype.
 
-        Whole rows (`group_size` None) count without, which then is little.
+        A plan made from sizes alone takes 16 bits for a step, an offset and a weight left as it is, one bit more for
+        groups of 32, and counts nothing more for whole rows.
         """
+        if self.stored:
+            return 8 * sum(self.stored) / sum(self.sizes)
         extra = 0.0 if self.group_size is None else 2 * SCALE_BITS / self.group_size
         rounded = sum(s for s, b in zip(self.sizes, self.bits, strict=True) if b != FULL)
         return self.average_bits + extra * rounded / sum(self.sizes)
@@ -78,13 +85,16 @@ class BitPlan:
             BadInput: something is missing or of the wrong kind.
         """
         try:
-            fields: dict[str, Any] = {f.name: mapping[f.name] for f in dataclasses.fields(cls)}
+            given = {"stored": (), **mapping}  # plans of earlier versions lack it
+            fields: dict[str, Any] = {f.name: given[f.name] for f in dataclasses.fields(cls)}
             fields = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
             }
             plan = cls(**fields)
             if len(plan.bits) != len(plan.sizes) or not all(isinstance(b, int) for b in plan.bits):
                 raise ValueError("bits and sizes do not match")
+            if plan.stored and len(plan.stored) != len(plan.bits):
+                raise ValueError("stored and sizes do not match")
             return plan
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(
@@ -193,15 +203,20 @@ def allocate_bits(
         choices: The widths; 16 leaves a layer as it is.
         sizes: Weights per layer; those of the scores, or all equal.
         target_bytes: In place of `target_bits`: most bytes for the layers' matrices, packed, with steps and offsets.
+            Exact for scores of a model; for numbers see `BitPlan.stored_bits`.
         method: "greedy" or "knapsack".
-        group_size: Weights that share a step and an offset.
-        backend: Kept in the plan.
+        group_size: Weights that share a step and an offset; None for whole rows.
+        backend: What will round: "rtn" or "hqq".
         within: True never to exceed the target, False to round to the nearest number of layers; None as above, and
             True for a target in bytes.
 
     Raises:
-        BadInput: a target outside of the choices' range, unusable choices or sizes, or a knapsack without losses.
+        BadInput: a target outside of the choices' range, unusable choices, sizes or groups, an unknown backend, or a
+            knapsack without losses.
     """
+    check_positive(group_size=group_size)
+    if backend not in BACKENDS:
+        raise BadInput("backend", backend, "is not known", f"use one of {', '.join(BACKENDS)}")
     known = scores if isinstance(scores, LayerScores) else None
     importance = list(known.importance if known else scores)  # type: ignore[arg-type]
     widths = sorted(set(choices), reverse=True)
@@ -211,6 +226,7 @@ def allocate_bits(
         raise BadInput(
             "choices", list(choices), "are not different widths", "give two or more of 1 to 8 and 16"
         )
+    matrices = known.matrices if known and sizes is None else ()
     if sizes is None:
         sizes = known.sizes if known and known.sizes else [1] * len(importance)
     if len(sizes) != len(importance) or min(sizes) < 1:
@@ -221,21 +237,27 @@ def allocate_bits(
         raise BadInput(
             "target_bytes", target_bytes, f"and target_bits = {target_bits} are two targets", "give one"
         )
-    extra = 0.0 if group_size is None else 2 * SCALE_BITS / group_size
-    spent = [{b: s * (b if b == FULL or target_bytes is None else b + extra) for b in widths} for s in sizes]
+    weighed = [{b: layer_bytes(layer, b, backend, group_size) for b in widths} for layer in matrices]
+    if target_bytes is None:
+        spent: list[dict[int, float]] = [{b: s * b for b in widths} for s in sizes]
+    elif weighed:
+        spent = [{b: 8 * each[b] for b in widths} for each in weighed]
+    else:
+        extra = 0.0 if group_size is None else 2 * SCALE_BITS / group_size
+        spent = [{b: s * (b if b == FULL else b + extra) for b in widths} for s in sizes]
     if target_bytes is not None:
         budget, within = 8.0 * target_bytes, True if within is None else within
     else:
         budget = (3.5 if target_bits is None else target_bits) * sum(sizes)
     least, most = (sum(s[b] for s in spent) for b in (widths[-1], widths[0]))
-    slack = 1e-9 * most
+    slack = 0.0 if target_bytes is not None and weighed else 1e-9 * most  # bytes are whole numbers
     if not least - slack <= budget or (target_bytes is None and budget > most + slack):
         named, value = (
             ("target_bytes", target_bytes) if target_bytes is not None else ("target_bits", target_bits)
         )
-        unit = 8.0 if target_bytes is not None else sum(sizes)
-        low, high = math.ceil(least / unit * 1e4) / 1e4, most / unit
-        raise BadInput(named, value, f"is outside of what {widths} bits give", f"use {low:g} to {high:g}")
+        low, high = math.ceil(least / sum(sizes) * 1e4) / 1e4, most / sum(sizes)
+        remedy = f"use {low:g} to {high:g}" if target_bytes is None else f"use {math.ceil(least / 8)} or more"
+        raise BadInput(named, value, f"is outside of what {widths} bits give", remedy)
     if method == "greedy":
         bits = _greedy(importance, widths, spent, budget + slack, within)
     elif method == "knapsack":
@@ -244,12 +266,12 @@ def allocate_bits(
         raise BadInput("method", method, "is not known", 'use "greedy" or "knapsack"')
     return BitPlan(
         tuple(bits), tuple(sizes), known.layers if known else (), known.modules if known else (), group_size, backend,
-        known.method if known else "",
+        known.method if known else "", tuple(each[b] for each, b in zip(weighed, bits)),
     )  # fmt: skip
 
 
 def _is_width(bits: Any) -> bool:
-    return isinstance(bits, int) and (1 <= bits <= 8 or bits == FULL)
+    return isinstance(bits, int) and not isinstance(bits, bool) and (1 <= bits <= 8 or bits == FULL)
 
 
 def _greedy(
@@ -287,7 +309,7 @@ def _knapsack(
             "scores", scores.method if scores else "numbers", f"hold no losses at {missing} bits",
             'measure them: layer_importance(model, "sensitivity", calib, bits=choices)',
         )  # fmt: skip
-    rest = np.cumsum([0.0, *(each[widths[-1]] for each in reversed(spent))])[::-1]  # cheapest way to finish
+    rest = np.cumsum([0.0, *(min(each.values()) for each in reversed(spent))])[::-1]  # cheapest way to finish
     costs, values, steps = np.zeros(1), np.zeros(1), []
     for index, each in enumerate(spent):
         cost = np.concatenate([costs + each[b] for b in widths])

@@ -19,6 +19,7 @@ __all__ = [
     "FULL",
     "Versions",
     "check_rounding",
+    "check_values",
     "codes_of",
     "hqq_codes",
     "hqq_layer",
@@ -61,18 +62,25 @@ def rtn(
         )
     group = weight.shape[axis] if group_size is None else group_size
     _check_group(group, weight.shape[axis], "weight")
+    return rtn_codes(weight, *_steps(weight, bits, group, axis, step_dtype, "weight"), bits, axis)
+
+
+def _steps(
+    weight: Tensor, bits: int, group: int, axis: int, dtype: torch.dtype | None, name: str
+) -> tuple[Tensor, Tensor]:
+    """Steps and offsets `[rows, groups]`."""
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).movedim(axis, -1)
-    grouped = wide.reshape(-1, wide.shape[-1] // group, group)
+    groups = wide.shape[-1] // group
+    grouped = wide.reshape(-1, groups, group)
     low, high = grouped.amin(-1), grouped.amax(-1)
     step = (high - low) / (2**bits - 1)
-    if step_dtype is not None:
-        step, low = step.to(step_dtype), low.to(step_dtype)
+    if dtype is not None:
+        step, low = step.to(dtype), low.to(dtype)
     if not bool(torch.isfinite(step).all() and torch.isfinite(low).all()):
         raise BadInput(
-            "weight", tuple(weight.shape), f"is not finite in {step.dtype}", "check the model's weights"
+            name, tuple(weight.shape), f"is not finite in {step.dtype}", "check the model's weights"
         )
-    rows = wide.shape[-1] // group
-    return rtn_codes(weight, step.view(-1, rows), low.view(-1, rows), bits, axis)
+    return step.view(-1, groups), low.view(-1, groups)
 
 
 def rtn_codes(weight: Tensor, step: Tensor, offset: Tensor, bits: int, axis: int = -1) -> Codes:
@@ -85,7 +93,7 @@ def rtn_codes(weight: Tensor, step: Tensor, offset: Tensor, bits: int, axis: int
 
 
 def _check_group(group: int, width: int, where: str) -> None:
-    if not isinstance(group, int) or group < 1 or width % group:
+    if not isinstance(group, int) or isinstance(group, bool) or group < 1 or width % group:
         fitting = [g for g in (128, 64, 32, 16, 8) if width % g == 0]
         raise BadInput(
             "group_size", group, f"does not divide the rows of {width} of {where}",
@@ -132,6 +140,24 @@ def _check_hqq(slot: Slot, bits: int, group: int) -> None:
     if group % 8 or groups % together:
         problem = f"cannot pack {groups} groups of {group} at {bits} bits in {slot.name}"
         raise NotApplicable("backend", "hqq", problem, 'choose another group_size, or backend="rtn"')
+
+
+@torch.no_grad()
+def check_values(
+    layers: Sequence[Sequence[Slot]], bits: Sequence[int], backend: str, group_size: int | None
+) -> None:
+    """Check, before anything changes, that the weights of every layer to be rounded are numbers that can be.
+
+    Raises:
+        BadInput: one is not finite, or a step or an offset exceeds float16.
+    """
+    for slots, width in zip(layers, bits, strict=True):
+        for slot in slots if width != FULL else ():
+            weight, group = slot.parameter, slot.width if group_size is None else group_size
+            if backend == "rtn":
+                _steps(weight, width, group, slot.axis, torch.float16, slot.name)
+            elif not bool(torch.isfinite(weight).all()):
+                raise BadInput(slot.name, tuple(weight.shape), "is not finite", "check the model's weights")
 
 
 def codes_of(slot: Slot, bits: int, backend: str, group_size: int | None) -> Codes:

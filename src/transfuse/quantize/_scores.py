@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core import taps
 from ..core.errors import BadInput
 from ._base import Slot, batches_of, layer_slots, mean_loss, module_names
+from ._costs import Matrix, matrices_of
 from ._rounding import FULL, Versions, check_rounding
 
 __all__ = ["LayerScores", "Score", "layer_importance", "lim", "orders_of", "zd"]
@@ -32,6 +33,7 @@ class LayerScores:
         layers: Names of the layers.
         modules: Names of their matrices' modules, inside a layer.
         losses: Of "sensitivity": bits -> by how much the loss rises when this layer alone has them, in nats.
+        matrices: The matrices of each layer, from which their size at any number of bits follows.
     """
 
     method: str
@@ -40,6 +42,7 @@ class LayerScores:
     layers: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     losses: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    matrices: tuple[tuple[Matrix, ...], ...] = ()
 
     @property
     def importance(self) -> tuple[float, ...]:
@@ -125,7 +128,8 @@ def layer_importance(
         values = losses[tried[0]]
     else:
         raise BadInput("method", method, "is not known", 'use "lim", "zd" or "sensitivity"')
-    return LayerScores(method, values, sizes, tuple(names), module_names(names, layers), losses)
+    modules = module_names(names, layers)
+    return LayerScores(method, values, sizes, tuple(names), modules, losses, matrices_of(layers))
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from ..core.lineage import write_lineage
 from ..core.packed import PACKED, Codes, read_packed, write_packed
 from ..core.taps import decoder_layers
 from ._base import PLAN_KEY, SizeReport, Slot, layer_slots, module_names, refuse_quantized
+from ._costs import layer_bytes, matrices_of
 from ._plan import BitPlan
-from ._rounding import FULL, check_rounding, codes_of, hqq_codes, hqq_layer, rtn_codes
+from ._rounding import FULL, check_rounding, check_values, codes_of, hqq_codes, hqq_layer, rtn_codes
 
 _STEPS = "transfuse_steps"  # attribute of a module: steps and offsets of its rounded matrices
 
@@ -60,7 +61,8 @@ def apply_bit_plan(
         The sizes, from the rounded matrices themselves.
 
     Raises:
-        BadInput: a plan of another model, a model that is quantized already, groups that do not divide a row.
+        BadInput: a plan of another model, a model that is quantized already, groups that do not divide a row, a matrix
+            that cannot be rounded. Nothing has changed then.
         NotApplicable: matrices that hqq cannot hold.
         MissingExtra: hqq is not installed.
     """
@@ -71,8 +73,11 @@ def apply_bit_plan(
     group = plan.group_size
     check_rounding(layers, plan.bits, backend, group)
     sizes = tuple(sum(slot.parameter.numel() for slot in slots) for slots in layers)
-    if plan.layers and len(set(plan.sizes)) > 1 and plan.sizes != sizes:
+    if set(plan.sizes) != {1} and plan.sizes != sizes:  # ones stand for unknown sizes
         raise BadInput("plan", plan.sizes, "has the sizes of another model", "make a plan for this one")
+    check_values(layers, plan.bits, backend, group)
+    matrices = matrices_of(layers)
+    stored = tuple(layer_bytes(each, b, backend, group) for each, b in zip(matrices, plan.bits, strict=True))
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     before = after = 0
     for slots, bits in zip(layers, plan.bits, strict=True):
@@ -80,7 +85,7 @@ def apply_bit_plan(
             size = slot.parameter.numel() * slot.parameter.element_size()
             before += size
             after += size if bits == FULL else _round(model, slot, bits, backend, group)
-    kept = BitPlan(plan.bits, sizes, tuple(names), modules, group, backend, plan.scored)
+    kept = BitPlan(plan.bits, sizes, tuple(names), modules, group, backend, plan.scored, stored)
     setattr(model.config, PLAN_KEY, kept.to_dict())
     return SizeReport(kept.average_bits, 8 * after / sum(sizes), before, after, whole - before)
 

@@ -48,7 +48,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..core.errors import BadInput
 from ._base import Calibration, Quantized, SizeReport, layer_slots, mean_loss, refuse_quantized, windows
+from ._costs import Matrix, layer_bytes, matrices_of
 from ._curve import Point, area, pruning_curve, quantization_curve
 from ._plan import BitPlan, allocate_bits
 from ._rounding import FULL, check_rounding, rtn
@@ -87,7 +89,7 @@ class LayerwiseQuant:
     Attributes:
         target_bits: Average bits per weight of the layers' matrices, scales and offsets not counted; 3.5 where no
             target is given.
-        target_bytes: In place of it: most bytes of the whole model, packed.
+        target_bytes: In place of it: most bytes of the whole model, packed, as `SizeReport.after` counts them.
         choices: The widths; 16 leaves a layer as it is.
         importance: "lim", "zd" or "sensitivity".
         allocation: "greedy", or "knapsack" over the losses of "sensitivity".
@@ -114,20 +116,32 @@ class LayerwiseQuant:
         layers = layer_slots(model)
         for width in self.choices:
             check_rounding(layers, [width] * len(layers), self.backend, self.group_size)
-        sizes = [sum(slot.parameter.numel() for slot in slots) for slots in layers]
-        target = None if self.target_bytes is None else self.target_bytes - _others(model, layers)
+        matrices = matrices_of(layers)
+        sizes = tuple(sum(m.weights for m in each) for each in matrices)
+        target = None if self.target_bytes is None else self._within(matrices, _others(model, layers))
         options: dict[str, Any] = {
             "target_bits": self.target_bits, "target_bytes": target, "choices": self.choices, "backend": self.backend,
             "group_size": self.group_size,
         }  # fmt: skip
-        allocate_bits(
-            [0.0] * len(layers), sizes=sizes, **{**options, "choices": _ends(self.choices)}
-        )  # can it be met?
+        even = LayerScores("", (0.0,) * len(layers), sizes, matrices=matrices)
+        allocate_bits(even, **{**options, "choices": _ends(self.choices)})  # can it be met?
         scores = layer_importance(
             model, self.importance, calib, bits=[b for b in self.choices if b != FULL], backend=self.backend,
             group_size=self.group_size,
         )  # fmt: skip
         return allocate_bits(scores, method=self.allocation, **options)
+
+    def _within(self, matrices: Sequence[Sequence[Matrix]], others: int) -> int:
+        """Bytes that `target_bytes` leaves for the layers' matrices."""
+        assert self.target_bytes is not None
+        ends = [
+            sum(layer_bytes(layer, bits, self.backend, self.group_size) for layer in matrices)
+            for bits in self.choices
+        ]
+        if ends and self.target_bytes < others + min(ends):
+            problem = f"is less than the whole model takes at {min(self.choices)} bits"
+            raise BadInput("target_bytes", self.target_bytes, problem, f"use {others + min(ends)} or more")
+        return self.target_bytes - others
 
     def quantize(self, model: Any, calib: Calibration | None = None) -> Quantized:
         """Round the layers of `model` in place.
