@@ -18,6 +18,7 @@ from transfuse.core.batches import (
     EpochOrder,
     data_identity,
     encode_examples,
+    minibatches,
     pad_collator,
     target_logits,
     target_loss,
@@ -405,3 +406,20 @@ def test_rows_to_measure_on_are_not_learnt(tiny_tokenizer, tmp_path):
     (tmp_path / "c.txt").write_text("one row")
     with pytest.raises(BadInput, match="texts = 1 row is too little"):
         text_split(tiny_tokenizer, tmp_path / "c.txt", None, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "drop_last", "found"),
+    [
+        (17, 8, False, [8, 9]),  # a row alone is what batch norms cannot read
+        (18, 8, False, [8, 8, 2]),
+        (17, 8, True, [8, 8]),
+        (3, 1, False, [1, 1, 1]),
+        (1, 8, False, [1]),
+    ],
+)
+def test_minibatches_hold_every_row_once(count, size, drop_last, found):
+    batches = list(minibatches({"x": torch.arange(count)}, size, seed=0, drop_last=drop_last)(0))
+    assert [len(batch["x"]) for batch in batches] == found
+    rows = torch.cat([batch["x"] for batch in batches]).tolist()
+    assert len(set(rows)) == len(rows) == sum(found)

@@ -447,6 +447,13 @@ def test_bad_data_and_models():
         made.fit(data)
 
 
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_last_batch_of_one_row_joins_the_one_before(left):
+    data = {name: column[: 16 + left] for name, column in columns().items()}
+    done = method(epochs=(1, 1, 1), batch_size=8).fit(data, data)
+    assert len(done.together) == len(done.masks) == len(done.student) == left + 1
+
+
 def test_bad_masks(recwarn):
     with pytest.raises(BadInput, match="too few"):
         FeatureMask1d(5)

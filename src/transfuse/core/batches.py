@@ -275,7 +275,8 @@ def minibatches(
         columns: Tensors of one length, cut along their first axis.
         batch_size: Rows per batch.
         seed: With the epoch's number, decides the order; the global random state is left alone.
-        drop_last: Leave out a last batch that is short.
+        drop_last: Leave out a last batch that is short. Otherwise one of a single row, which batch norms cannot read,
+            is joined to the batch before it.
 
     Returns:
         A function from the number of an epoch to its batches.
@@ -294,8 +295,11 @@ def minibatches(
         order = EpochOrder(count, seed=seed)
         order.set_epoch(number)
         chosen = torch.tensor(list(order))
-        for rows in chosen.split(batch_size):
-            if len(rows) == batch_size or not drop_last:
+        parts = list(chosen.split(batch_size))
+        if len(parts) > 1 and len(parts[-1]) == 1 < batch_size and not drop_last:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for rows in parts:
+            if len(rows) >= batch_size or not drop_last:
                 yield {name: column[rows] for name, column in columns.items()}
 
     return epoch
