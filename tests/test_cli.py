@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -225,6 +226,46 @@ def test_interruption_is_exit_code_130(module, name, words, told):
     assert process.returncode == 130
     assert err.startswith("interrupted: ") and err.endswith(told + "\n")
     assert err.count("\n") == 1
+
+
+def test_sigterm_leaves_nothing_unfinished(tmp_path):
+    """Batch systems and containers end a process so: what a merge wrote so far is removed."""
+    import torch
+    from safetensors.torch import save_file
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_file({f"w{i}": torch.zeros(1_000_000) for i in range(60)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "merge.yml").write_text("models: [one, two]\nmethod: slerp\nchecksums: false\n")
+    code = "import sys, transfuse.cli as cli\nsys.exit(cli.main(['merge', 'merge.yml', '-o', 'merged']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    while not list(tmp_path.glob(".merged.*.tmp/model.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err == "interrupted: nothing was written; the same command starts over\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yml", "one", "two"]
+
+
+def test_sigterm_is_whose_it_was(call):
+    """Its handler is lent for a command, not in other threads, and not where somebody else has one."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert call("--version")[0] == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        thread = threading.Thread(target=lambda: seen.append(cli.main(["--version"])))
+        thread.start()
+        thread.join()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert call("--version")[0] == 0 and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [0]
 
 
 def test_a_closed_pipe_is_quiet():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -200,8 +203,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `transfuse`; those of the process by default.
 
     Returns:
-        0; 2 after an error, told in one line (raised if TRANSFUSE_DEBUG=1); 130 after an interruption.
+        0; 2 after an error, told in one line (raised if TRANSFUSE_DEBUG=1); 130 after an interruption, 143 after
+        SIGTERM, which is taken as one.
     """
+    with _terminable() as terminated:
+        code = _called(arguments)
+    return 143 if terminated and code == 130 else code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Turn SIGTERM into an interruption, so that unfinished folders are removed; yields the signals that came."""
+    came: list[int] = []
+    owner = os.getpid()
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield came
+        return
+
+    def interrupt(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL if os.getpid() != owner else signal.SIG_IGN)
+        if os.getpid() != owner:  # a fork has nothing to tidy up
+            os.kill(os.getpid(), number)
+            return
+        came.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _called(arguments: Sequence[str] | None) -> int:
     debug = os.environ.get("TRANSFUSE_DEBUG") == "1"
     warnings.showwarning = _show_warning
     words = sys.argv[1:] if arguments is None else list(arguments)

@@ -73,7 +73,10 @@ def kit(kind, rows=({"weight": 1.0}, {"weight": 0.5}), base="base", **rest):
     ("config", "wanted"),
     [
         (kit("linear", base=None), Linear(weights=[1.0, 0.5], normalize=True)),
-        (kit("linear", parameters={"normalize": False}), Linear(weights=[1.0, 0.5], normalize=False)),
+        (
+            kit("linear", base="one", parameters={"normalize": False}),
+            Linear(weights=[1.0, 0.5], normalize=False),
+        ),
         (kit("task_arithmetic"), TaskArithmetic(weights=[1.0, 0.5], scaling=1.0, normalize=False)),
         (
             kit("ties", ({"weight": 1, "density": 0.5}, {"weight": 0.5}), parameters={"lambda": 0.7}),
@@ -113,6 +116,20 @@ def test_mergekit_base_among_the_models_adds_nothing(models):
     assert read_config(written(models, config))["models"] == [str(models / "one"), str(models / "two")]
 
 
+def test_mergekit_base_that_is_not_listed_is_one_of_the_models(models):
+    """mergekit's plan.py: "Base model specified but not in input models - adding", with the shared parameters."""
+    config = kit("linear", ({"weight": 1.0}, {}), parameters={"weight": 0.25})
+    given = read_config(written(models, config))
+    assert given["models"] == [str(models / name) for name in ("one", "two", "base")]
+    assert given["method"] == Linear(weights=[1.0, 0.25, 0.25])
+    config = {**kit("slerp", ({}, {}), parameters={"t": 0.5})}
+    config["models"] = config["models"][:1]
+    assert read_config(written(models, config))["models"] == [str(models / "base"), str(models / "one")]
+    config["models"] = [{"model": "base"}]
+    with pytest.raises(BadInput, match="are not two"):
+        read_config(written(models, config))
+
+
 def test_what_mergekit_has_and_we_do_not_need_is_told(models):
     config = kit(
         "ties",
@@ -137,6 +154,12 @@ def test_what_mergekit_has_and_we_do_not_need_is_told(models):
         (kit("ties", tokenizer_source="union"), NotApplicable, "tokenizer_source"),
         (kit("model_stock"), BadInput, "merge_method"),
         (kit("tie"), BadInput, "did you mean 'ties'"),
+        (kit(["ties"]), BadInput, "merge_method"),
+        (
+            kit("linear"),
+            BadInput,
+            "base_model = 'base' is one of the models that are averaged, and has no weight",
+        ),
         (kit("ties", ({"weight": [0, 1]}, {"weight": 1})), NotApplicable, r"models\[0\]\.parameters\.weight"),
         (kit("ties", ({"density": 0.5}, {"weight": 1})), BadInput, r"models\[0\]\.parameters\.weight"),
         (kit("ties", ({"weight": 1, "gamma": 1}, {"weight": 1})), BadInput, "gamma"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from transfuse.core.errors import BadInput, CorruptFile, IncompatibleModels, Not
 from transfuse.core.shards import Checkpoint
 from transfuse.core.training import generator
 from transfuse.merge import merge
+from transfuse.merge._methods import Linear
 
 
 def moved(model, seed, scale=0.1):
@@ -78,6 +80,116 @@ def test_an_adapter_is_its_product_on_the_base(tiny_lm, tmp_path, architecture, 
     assert states_match(merge(models=[folder]), wanted)
 
 
+def random_lora(model, seed=7):
+    random = generator(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+    return model
+
+
+def products_of(model, adapter_name):
+    """By weight's name, what PEFT's layers add to it."""
+    return {
+        f"{place.removeprefix('base_model.model.')}.weight": layer.get_delta_weight(adapter_name).detach()
+        for place, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight") and adapter_name in layer.lora_A
+    }
+
+
+def added(found, base):
+    own = base.state_dict()
+    return {name: found[name] - own[name] for name in found if not torch.equal(found[name], own[name])}
+
+
+def same_changes(found, wanted):
+    return set(found) == set(wanted) and all(torch.allclose(found[n], wanted[n], atol=1e-6) for n in wanted)
+
+
+@pytest.mark.parametrize("kind", ["second", "only", "transformers", "inside"])
+def test_the_active_adapter_in_memory_counts(tiny_lm, kind):
+    """Whatever its name: a second one, the only one, one that transformers put in, PEFT's from within."""
+    base = tiny_lm("llama", layers=1)
+    if kind == "transformers":
+        model = copy.deepcopy(base)
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="sql")
+    else:
+        first = "default" if kind == "second" else "sql"
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"]), first)
+    if kind == "second":
+        model.add_adapter("sql", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        model.set_adapter("sql")
+    wanted = products_of(random_lora(model), "sql")
+    given = model.base_model.model if kind == "inside" else model
+    assert same_changes(added(merge(models=[given], base=base), base), wanted)
+
+
+def test_several_active_adapters_are_refused(tiny_lm):
+    base = tiny_lm("llama", layers=1)
+    model = adapter(base, 3)
+    model.add_adapter("sql", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "sql"])
+    with pytest.raises(BadInput, match=r"\['default', 'sql'\] are active and not one adapter"):
+        merge(models=[model], base=base)
+
+
+def test_a_base_that_carries_adapters_is_refused(tiny_lm):
+    base = tiny_lm("llama", layers=1)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    for given in (base, model):
+        with pytest.raises(BadInput, match=r"base = .* has adapters of PEFT in its layers"):
+            merge(models=[model], base=given)
+
+
+def test_each_layer_says_whether_it_is_stored_transposed(tiny_lm, tmp_path):
+    """PEFT writes one flag for all layers, that of the last: here it is wrong for the square matrices."""
+    base = tiny_lm("gpt2", layers=1)
+    base.lm_head = torch.nn.Linear(32, 400, bias=False)
+    base.config.tie_word_embeddings = False
+    model = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=2, target_modules=["attn.c_proj", "mlp.c_proj", "lm_head"])
+    )
+    wanted = products_of(random_lora(model), "default")
+    folder, under = save(model, tmp_path / "adapter"), save(base, tmp_path / "base")
+    assert not json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"]
+    for given, on in ((model, base), (model, under), (folder, base), (folder, under)):
+        assert same_changes(added(merge(models=[given], base=on), base), wanted)
+    config = json.loads((under / "config.json").read_text())
+    (under / "config.json").write_text(json.dumps({**config, "architectures": ["Of another library"]}))
+    with pytest.raises(NotApplicable, match=r"attn\.c_proj\.weight.* is square"):
+        merge(models=[folder], base=under)
+
+
+def test_a_square_matrix_on_a_state_that_may_be_transposed_is_refused(tiny_lm, tmp_path):
+    base = tiny_lm("gpt2", layers=1)
+    options = {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}
+    folder = save(adapter(base, 3, **options), tmp_path / "adapter")
+    with pytest.raises(NotApplicable, match="is square"):
+        merge(models=[folder], base=base.state_dict())
+    llama = tiny_lm("llama", layers=1)
+    folder = save(adapter(llama, 3, target_modules=["q_proj"]), tmp_path / "plain")
+    assert same_changes(
+        added(merge(models=[folder], base=llama.state_dict()), llama),
+        added(merge(models=[folder], base=llama), llama),
+    )
+
+
+def test_an_embedding_that_leaves_its_tied_head_is_refused(tiny_lm, tmp_path):
+    base = tiny_lm("llama", layers=1)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    model = adapter(base, 3, **options)
+    for given in (model, save(model, tmp_path / "adapter")):
+        with pytest.raises(NotApplicable, match=r"embed_tokens\.weight.* the head tied to it is not"):
+            merge(models=[given], base=base)
+    model = adapter(base, 3, ensure_weight_tying=True, **options)
+    found, ids = merge(models=[model], base=base), torch.arange(1, 9)[None]
+    tied = copy.deepcopy(base)
+    tied.load_state_dict(found, strict=False)
+    assert torch.allclose(tied(ids).logits, model(ids).logits, atol=1e-4)
+
+
 def test_two_adapters_merge_at_product_level(tiny_lm, tmp_path):
     """The sum of products, not the product of sums."""
     base = tiny_lm("llama", layers=1)
@@ -96,6 +208,9 @@ def test_two_adapters_merge_at_product_level(tiny_lm, tmp_path):
         ({"use_dora": True}, NotApplicable, "DoRA"),
         ({"peft_type": "IA3"}, NotApplicable, "is not a LoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, NotApplicable, "changed the base"),
+        ({"init_lora_weights": "lora_ga"}, NotApplicable, "changed the base"),
+        ({"kasa_config": {"a": 1}}, NotApplicable, "changed the base"),
+        ({"lora_bias": True}, NotApplicable, "biases of its own"),
         ({"layer_replication": [[0, 1]]}, NotApplicable, "repeats layers"),
     ],
 )
@@ -256,6 +371,13 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_lm, tmp_path):
         "dtype": {"dtype": "int8"},
         "vocabulary": {"vocabulary": "union"},
         "shard_bytes": {"shard_bytes": 0},
+        "shard_bytes = '5GB' is not a count": {"shard_bytes": "5GB"},
+        "exclude = 'classifier' is not a list": {"exclude": "classifier"},
+        "exclude = None is not a list": {"exclude": None},
+        "exclude = 3 is not text": {"exclude": ["norm", 3]},
+        "weights = 'ab' is text": {"method": Linear(weights="ab")},
+        r"weights\[0\] = nan is not a finite": {"weights": [math.nan]},
+        r"t = nan is not a finite": {"method": "slerp", "t": math.nan},
         "neither a folder": {"models": ["no such model"]},
     }.items():
         with pytest.raises(BadInput, match=named):
@@ -277,8 +399,49 @@ def test_quantised_and_odd_dtypes_are_refused(tiny_lm, tmp_path):
     small = {"w": torch.ones(2).to(torch.float8_e4m3fn)}
     with pytest.raises(BadInput, match="float8_e4m3fn"):
         merge(models=[small])
+    with pytest.raises(BadInput, match=r"w = 'torch\.complex64' is a dtype that is not merged"):
+        merge(models=[{"w": torch.ones(2, dtype=torch.complex64)}])
+    odd = {"w": torch.ones(2), "i": torch.ones(2, dtype=torch.uint16)}
+    assert torch.equal(merge(models=[odd])["i"], odd["i"])
+    with pytest.raises(BadInput, match=r"i = 'torch\.uint16' is a dtype that is not written"):
+        merge(models=[odd], output=tmp_path / "odd")
     with pytest.raises(BadInput, match=r"w: torch\.int64"):
         merge(models=[{"w": torch.ones(2)}, {"w": torch.ones(2).long()}])
+
+
+@pytest.mark.parametrize("exclude", [(), ["w"]], ids=["merged", "kept"])
+def test_numbers_too_large_for_float16_are_refused(tmp_path, exclude):
+    large = {"w": torch.tensor([6e4, 1.0])}
+    base = {"w": torch.zeros(2, dtype=torch.float16)}
+    given = {"base": base, "models": [{"w": large["w"].half()}], "method": "task_arithmetic", "scaling": 2.0}
+    if exclude:
+        given = {"models": [{"w": 2 * large["w"]}], "dtype": "float16", "exclude": exclude}
+    with pytest.raises(BadInput, match=r"w = 1200\d\d\.0 is too large for float16; pass dtype=\"bfloat16\""):
+        merge(**given, output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert merge(**{**given, "dtype": "bfloat16"})["w"].isfinite().all()
+    infinite = {"w": torch.tensor([math.inf, 1.0])}
+    assert merge(models=[infinite], dtype="float16")["w"].tolist() == [math.inf, 1.0]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"],
+)
+def test_float64_models_are_merged_in_float64(method):
+    """With changes of 1e-9 at 1, nothing would be left of them in float32."""
+    random = generator(0)
+    base, *models = (
+        {"w": 1 + 1e-9 * torch.randn(40, generator=random, dtype=torch.float64)} for _ in range(3)
+    )
+    options = {} if method in ("linear", "slerp") else {"base": base, "scaling": 1.0}
+    density = {} if method in ("linear", "slerp", "task_arithmetic") else {"density": 1.0}
+    found = merge(models=models, method=method, **options, **density)["w"]
+    one, two = ((model["w"] - base["w"]) for model in models)
+    agree = torch.where(one * two > 0, (one + two) / 2, torch.where(one.abs() > two.abs(), one, two))
+    wanted = {"linear": (one + two) / 2, "slerp": (one + two) / 2, "ties": agree, "dare_ties": agree}
+    assert found.dtype == torch.float64
+    assert torch.allclose(found - base["w"], wanted.get(method, one + two), rtol=1e-5, atol=1e-15)
 
 
 def test_an_error_on_the_way_leaves_nothing(tiny_lm, tmp_path, monkeypatch):

@@ -776,8 +776,11 @@ def test_what_stores_refuse(tiny_tokenizer, other_tokenizer, tmp_path):
         SourceStore.capture(make_tiny("llama", seed=2, layers=1), rows, tmp_path / "s", k=4)
     with pytest.raises(IncompatibleModels, match=r"320 entries of vocabulary, the target has 400"):
         SourceStore.capture(small, rows, tmp_path / "x", vocabulary=400)
-    for options in ({"k": 0}, {"temperature": 0.0}):
-        with pytest.raises(BadInput, match="not positive"):
+    for options, says in (
+        ({"k": 0}, "k = 0 is below 1"),
+        ({"temperature": 0.0}, "temperature = 0.0 is not positive"),
+    ):
+        with pytest.raises(BadInput, match=says):
             SourceStore.capture(model, rows, tmp_path / "x", **options)
     with pytest.raises(BadInput, match="no rows"):
         SourceStore.capture(model, [], tmp_path / "x")
@@ -952,8 +955,12 @@ def test_evaluation_and_what_is_saved(tiny_tokenizer, stores, tmp_path):
         for t in range(len(row["labels"]) - 1):
             if row["labels"][t + 1] != -100:
                 total, count = total - float(log_p[t, row["labels"][t + 1]]), count + 1
-    made.args.per_device_eval_batch_size = 5
-    assert made.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    for rows_per_batch in (1, 2, 5):
+        made.args.per_device_eval_batch_size = rows_per_batch
+        for extra in ([], [{"input_ids": [5, 6, 7], "labels": [-100] * 3}]):
+            found = made.evaluate([*rows[:5], *extra])["eval_loss"]
+            assert found == pytest.approx(total / count, rel=1e-5)
+    assert math.isnan(made.evaluate(extra)["eval_loss"])
     made.train()
     made.save_model(str(tmp_path / "saved"))
     model, tokenizer = load_model(tmp_path / "saved")
@@ -1080,9 +1087,20 @@ def test_what_it_refuses(tiny_tokenizer, tmp_path):
         ({"sources": [source], "top_k": 0}, "top_k"),
         ({"sources": [source], "threshold": 1.0}, "threshold"),
         ({"sources": [source], "mode": "best"}, "mode"),
+        ({"sources": [source], "top_k": 2.5}, "top_k"),
     ):
         with pytest.raises(BadInput, match=match):
             FusionX(base, **{**SETTINGS, **options}).fit(SENTENCES, tiny_tokenizer)
+    for options in (
+        {"schedule": "foo"}, {"alignment": "foo"}, {"rest": "foo"}, {"warmup": -1}, {"warmup": math.nan}, {"lr": 0.0},
+        {"lr": "x"}, {"lr": math.inf}, {"clip": -1.0}, {"weight_decay": -1.0}, {"temperature": 0.0},
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=f"^{next(iter(options))} = "):
+            FusionX(base, sources=[source], **{**SETTINGS, **options})
+    with pytest.raises(BadInput, match="held_out = 1 rows have no label"):
+        FusionX(base, sources=[source], **SETTINGS).fit(
+            SENTENCES, tiny_tokenizer, held_out=[{"input_ids": [5, 6], "labels": [-100, -100]}]
+        )
     for texts, match in (([], "no row"), ([3], r"texts\[0\]"), (tmp_path / "none.txt", "none.txt")):
         with pytest.raises((BadInput, OSError), match=match):
             FusionX(base, sources=[source], **SETTINGS).fit(texts, tiny_tokenizer)

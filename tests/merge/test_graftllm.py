@@ -244,12 +244,51 @@ def test_operators_by_name():
         ({"other": "svd"}, "unknown"),
         ({"group_size": 0}, "group_size"),
         ({"damp": -0.1}, "damp"),
+        ({"share": "x"}, "share"),
+        ({"share": math.nan}, "share"),
+        ({"share": 2}, "share"),
+        ({"damp": "x"}, "damp"),
+        ({"damp": math.nan}, "damp"),
+        ({"group_size": "x"}, "group_size"),
+        ({"group_size": 2.5}, "group_size"),
+        ({"attention": 5}, "attention"),
+        ({"attention": (("20", 8),)}, "attention"),
+        ({"attention": ((20.5, 8),)}, "attention"),
+        ({"mlp": ((20, 8.0),)}, "mlp"),
     ],
 )
 def test_bad_policies_are_named(options, named):
     base = net()
     with pytest.raises(BadInput, match=named):
         SkillPack.from_models(moved(base, 1), base, policy=ModulePolicy(**options))
+
+
+def test_what_packs_are_not_made_of():
+    base = net()
+    tuned = moved(base, 1)
+    with pytest.raises(BadInput, match="is no ModulePolicy"):
+        SkillPack.from_models(tuned, base, policy={"share": 0.1})
+    pack = SkillPack.from_models(tuned, base, name="one", policy=POLICY)
+    pack.apply(base)
+    with pytest.raises(BadInput, match=r"base = .* has packs plugged in: one"):
+        SkillPack.from_models(tuned, base, policy=POLICY)
+    pack.remove(base)
+    assert SkillPack.from_models(tuned, base, policy=POLICY).facts["base"] == fingerprint(base)
+
+
+def test_sums_that_float16_does_not_hold_are_refused():
+    """Two packs that are fine alone; afterwards the model is the base."""
+    base = nn.Sequential(nn.Linear(2, 2)).half()
+    packs = []
+    for i in range(2):
+        tuned = copy.deepcopy(base)
+        tuned[0].bias.data.add_(40000 + 64 * i)
+        packs.append(SkillPack.from_models(tuned, base, name=str(i)))
+    before = fingerprint(base)
+    packs[0].apply(base)
+    with pytest.raises(BadInput, match=r"0\.bias = 800\d\d\..* is too large for float16.*bfloat16"):
+        packs[1].apply(base)
+    assert fingerprint(base) == before
 
 
 def test_the_largest_entries_are_kept():
@@ -483,6 +522,32 @@ def test_layers_that_no_input_reaches_are_rounded_plainly():
     made = SkillPack.from_models(tuned, base, policy=POLICY, calibration=inputs(30, 6))
     assert torch.equal(made.delta("spare.weight"), plain.delta("spare.weight"))
     assert not torch.equal(made.delta("used.weight"), plain.delta("used.weight"))
+
+
+class Gated(nn.Module):
+    """Its last layer is called for batches of a positive sum alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return hidden + self.last(torch.tanh(hidden)) if x.sum() > 0 else hidden
+
+
+def test_batches_that_do_not_reach_a_layer_do_not_count_for_it():
+    with seeded(0):
+        base = Gated().eval()
+    tuned, reach = moved(base, 1), inputs(30, 6).abs()
+    made = SkillPack.from_models(tuned, base, policy=POLICY, calibration=[reach, -reach])
+    first = SkillPack.from_models(tuned, base, policy=POLICY, calibration=[-reach])
+    plain = SkillPack.from_models(tuned, base, policy=POLICY)
+    assert torch.equal(first.delta("last.weight"), plain.delta("last.weight"))
+    assert not torch.equal(made.delta("last.weight"), plain.delta("last.weight"))
+    # x and -x give the first layer one and the same Hessian, so that the last one sees what it would without -x.
+    alone = SkillPack.from_models(tuned, base, policy=POLICY, calibration=[reach])
+    assert torch.equal(made.delta("last.weight"), alone.delta("last.weight"))
 
 
 def test_calibration_of_another_form_is_named():
@@ -728,6 +793,37 @@ def test_each_example_has_its_task(tiny_lm, architecture):
     assert fingerprint(model.release()) == fingerprint(base)
 
 
+def test_embedded_prompts(tiny_lm):
+    _, _, model = grafted(tiny_lm)
+    ids = torch.tensor(ROWS[:1])
+    embedded = model.model.get_input_embeddings()(ids)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    found = model.generate(inputs_embeds=embedded, task="base", **options)
+    assert torch.equal(found[0], model.generate(input_ids=ids, task="base", **options)[0, ids.shape[1] :])
+    assert model.generate(inputs_embeds=embedded, task="a", **options).shape == (1, 3)
+
+
+def test_a_cache_is_the_callers(tiny_lm):
+    from transformers import DynamicCache
+
+    router = SkillRouter(tiny_lm("llama", layers=1), kind="centroid")
+    router.fit([{"input_ids": row} for row in ROWS], ["a", "b", "base"])
+    _, _, model = grafted(tiny_lm, router)
+    ids, cache = torch.tensor(ROWS[:1]), DynamicCache(config=model.config)
+    task = model.tasks(input_ids=ids)[0]
+    with torch.no_grad():
+        whole = model(input_ids=ids, task=task).logits
+        model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 5
+        with pytest.raises(BadInput, match=r"past_key_values = .* pass task="):
+            model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
+        last = model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True, task=task).logits
+        assert torch.allclose(last[:, -1], whole[:, -1], atol=1e-5)
+        with pytest.raises(NotApplicable, match="past_key_values"):
+            both = torch.tensor([[5, 6], [7, 8]])
+            model(input_ids=both, past_key_values=DynamicCache(config=model.config), task=["a", "b"])
+
+
 def test_beams_and_lengths_of_several_tasks(tiny_lm):
     _, _, model = grafted(tiny_lm)
     ids, mask = pad_batch([[5, 6, 7], [8, 9, 10], [11, 12, 13]], 0)
@@ -898,6 +994,10 @@ def test_what_a_router_refuses(tiny_lm):
         (SkillRouter(features="inputs"), "aaaaaa", "fewer than two"),
         (SkillRouter(), "aabbab", "model"),
         (SkillRouter(nn.Linear(2, 2)), "aabbab", "features"),
+        (SkillRouter(features="inputs", batch_size=0), "aabbab", "batch_size"),
+        (SkillRouter(features="inputs", batch_size=1), "aabbab", "batch_size"),
+        (SkillRouter(features="inputs", lr=-1.0), "aabbab", "lr"),
+        (SkillRouter(features="inputs", seed="x"), "aabbab", "seed"),
     ):
         with pytest.raises(BadInput, match=says):
             made.fit(x, list(labels))
@@ -926,6 +1026,18 @@ def test_names_of_the_tasks():
             GraftLLM(base, **options).build()
     with pytest.raises(BadInput, match="is not a task"):
         named.fit_router({"c": ["x"]})
+
+
+@pytest.mark.parametrize("options", [{"samples": 0}, {"length": 0}, {"samples": 1.5}], ids=str)
+def test_a_run_without_calibration_rows_is_refused(tiny_lm, tiny_tokenizer, tmp_path, options):
+    base = tiny_lm("llama", layers=1)
+    (tmp_path / "texts.txt").write_text("The capital of France is Paris. " * 6)
+    made = GraftLLM(base, experts=[moved(base, 1)], **options)
+    with pytest.raises(BadInput, match=next(iter(options))):
+        made.transfer(
+            tiny_tokenizer, output=tmp_path / "out", scratch=None, seed=0, texts=tmp_path / "texts.txt"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_from_a_recipe(tiny_lm, tiny_tokenizer, tmp_path):

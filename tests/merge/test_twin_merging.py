@@ -20,7 +20,7 @@ from transfuse.core.training import generator, seeded
 from transfuse.merge import merge
 from transfuse.merge._base import by_task
 from transfuse.merge._mixing import low_rank_mix
-from transfuse.merge._router import Router, train_router
+from transfuse.merge._router import Router, encode, train_router
 from transfuse.merge._twin_model import masked_mean
 from transfuse.merge.twin_merging import (
     TwinMergedModel,
@@ -411,6 +411,96 @@ def test_features_are_the_mean_last_hidden_state_of_the_shared_model(tiny_lm, ti
     assert torch.allclose(made.encode(input_ids=ids, attention_mask=mask)[1], hidden[0].mean(0), atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["roberta", "bert", "llama"])
+def test_features_of_padded_rows_are_those_of_each_alone(tiny_lm, kind, side):
+    """RoBERTa counts its positions itself, from the padding id on; others are told, for rows padded on the left."""
+    if kind == "llama":
+        model = tiny_lm("llama", layers=1)
+    else:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = AutoConfig.for_model(
+            kind, vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=20, pad_token_id=1,
+        )  # fmt: skip
+        with seeded(0):
+            model = AutoModelForSequenceClassification.from_config(config).eval()
+    rows = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    ids, mask = pad_batch(rows, 1, side=side)
+    found = encode(model, None, (), {"input_ids": ids, "attention_mask": mask})
+    for row, features in zip(rows, found, strict=True):
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0]
+        assert torch.allclose(features, hidden.mean(0), atol=1e-5)
+
+
+def test_a_cache_is_the_callers(tiny_lm, tiny_tokenizer):
+    """The router leaves it alone, and does not choose from a part of the prompt."""
+    from transformers import DynamicCache
+
+    base = tiny_lm("llama", layers=1)
+    made = make(base, [moved(base, 1), moved(base, 2)], tiny_tokenizer)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    weights, whole = made.routing_weights(input_ids=ids[:, :4]), None
+    with torch.no_grad():
+        whole = made(input_ids=ids, routing=weights).logits
+        for options in ({}, {"cache_position": torch.arange(4)}):
+            cache = DynamicCache(config=base.config)
+            made(input_ids=ids[:, :4], past_key_values=cache, use_cache=True, **options)
+            assert cache.get_seq_length() == 4
+        with pytest.raises(BadInput, match=r"past_key_values = .* pass routing="):
+            made(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True)
+        last = made(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True, routing=weights).logits
+    assert torch.allclose(last[:, -1], whole[:, -1], atol=1e-5) and cache.get_seq_length() == 5
+
+
+def test_the_examples_of_a_call_are_counted_by_its_tensors(tiny_lm, tiny_tokenizer):
+    base = tiny_lm("llama", layers=1)
+    made = make(base, [moved(base, 1), moved(base, 2)], tiny_tokenizer)
+    ids, even = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([0.5, 0.5])
+    wanted = made(input_ids=ids, routing=even).logits
+    assert torch.equal(made(use_cache=False, input_ids=ids, routing=even).logits, wanted)
+    place = torch.arange(3)[None]
+    assert torch.allclose(made(position_ids=place, input_ids=ids, routing=even).logits, wanted, atol=1e-5)
+    with pytest.raises(BadInput, match="input_ids = None is missing"):
+        made(use_cache=False, routing=even)
+    given = made.one_hot("talk", 2)
+    embedded = base.get_input_embeddings()(
+        ids
+    )  # as it was before the merge, and no expert's: only lengths count
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert made.generate(inputs_embeds=embedded, routing=given, **options).shape == (2, 2)
+    assert made.generate(inputs_embeds=embedded, **options).shape == (2, 2)
+
+
+class Places(nn.Module):
+    """Learned positions, looked up once for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(20, 8), nn.Embedding(12, 8)
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.inner(self.tokens(ids) + self.places(torch.arange(ids.shape[1])))))
+
+
+def test_embeddings_that_all_examples_share_are_not_mixed_up():
+    with seeded(0):
+        base = Places().eval()
+    experts = [moved(base, 1, 0.3), moved(base, 2, 0.3)]
+    made = TwinMerging(base, experts, rank=1.0, features="inner", exclude=()).build()
+    ids, each = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.eye(2)
+    with torch.no_grad():
+        with pytest.raises(NotApplicable, match="without an axis of examples"):
+            made(ids, routing=each)  # four positions, two examples: neither two nor four rows of weights fit
+        alone = torch.cat([made(ids[i : i + 1], routing=each[i]) for i in range(2)])
+        wanted = torch.cat([expert(ids[i : i + 1]) for i, expert in enumerate(experts)])
+        assert torch.allclose(alone, wanted, atol=1e-5)
+        assert torch.allclose(made(ids, routing=each[0]), experts[0](ids), atol=1e-5)
+
+
 def test_generation_keeps_the_routing_of_the_prompt(tiny_lm, tiny_tokenizer):
     """Greedy and with beams, each row is continued as its own model would."""
     base = tiny_lm("llama", layers=1)
@@ -552,6 +642,20 @@ def test_damaged_and_foreign_folders_are_named(tmp_path):
         ({"tasks": ["a"]}, "tasks"),
         ({"tasks": ["a", "a"]}, "tasks"),
         ({"exclude": ["("]}, "exclude"),
+        ({"exclude": "bias"}, "exclude = 'bias' is not a list"),
+        ({"rank": "8"}, "rank"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"batch_size": -3}, "batch_size"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": -1.0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"epochs": 2.5}, "epochs"),
+        ({"seed": "x"}, "seed"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"max_inputs": -5}, "max_inputs"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"scaling": math.nan}, "scaling = nan is not a finite number"),
     ],
 )
 def test_bad_arguments_are_named(options, named):
@@ -583,6 +687,9 @@ def test_bad_inputs_are_named(tiny_lm):
         ({"0": torch.ones(2, 2, 8, 8)}, "every expert"),
         ({"0": "text", "1": "text"}, "are no inputs"),
         ({"0": ["text"], "1": ["text"]}, "tokenizer"),
+        ({"0": {}, "1": {}}, "holds no inputs"),
+        ({"0": torch.zeros(0, 2, 8, 8), "1": torch.ones(2, 2, 8, 8)}, "holds no inputs"),
+        ({"0": [{"x": [1]}], "1": [{"x": [1]}]}, r"inputs_by_task\['0'\]\[0\] = .* no input_ids"),
     ):
         with pytest.raises(BadInput, match=says):
             twin.fit_router(inputs)
@@ -610,13 +717,14 @@ class Odd(nn.Module):
         nn.Bilinear(3, 3, 2),
         nn.Conv2d(4, 4, 3, groups=2),
         nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(3, 3)])}),
+        nn.ModuleDict({"relative_attention_bias": nn.Embedding(8, 2)}),
     ],
-    ids=["bilinear", "grouped", "expert"],
+    ids=["bilinear", "grouped", "expert", "distances"],
 )
 def test_layers_that_cannot_be_mixed_are_named(layer):
     base = Odd(layer)
     with pytest.raises(NotApplicable, match="exclude it"):
-        TwinMerging(base, [moved(base, 1), moved(base, 2)]).build()
+        TwinMerging(base, [moved(base, 1), moved(base, 2)], exclude=()).build()
     kept = TwinMerging(base, [moved(base, 1), moved(base, 2)], exclude=["inner"]).build()
     assert kept._exclusives == {}
 

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from transfuse.core.errors import BadInput
+from transfuse.core.runs import check_number
 
 __all__ = ["check_labels", "check_number"]
-
-
-def check_number(name: str, value: Any, *, zero: bool = False) -> None:
-    """Refuse what is no finite number above 0 (or 0, with `zero`), naming the argument.
-
-    Raises:
-        BadInput: it is not.
-    """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(value):
-        raise BadInput(name, value, "is no finite number", "give one")
-    if value < 0 or (value == 0 and not zero):
-        problem = "is negative" if zero else "is not positive"
-        raise BadInput(name, value, problem, "give 0 or more" if zero else "give a number above 0")
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -15,10 +15,9 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from transfuse.adapt._arguments import check_number
 from transfuse.adapt._base import Tuner, batch_share, linear_targets, new_kind, register
 from transfuse.core.errors import BadInput, NotApplicable
-from transfuse.core.runs import check_positive
+from transfuse.core.runs import check_number, check_positive
 
 __all__ = [
     "FEED_FORWARD",

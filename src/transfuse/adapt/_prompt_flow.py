@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import BadInput
-from transfuse.core.runs import check_positive
+from transfuse.core.runs import check_number, check_positive
 from transfuse.core.training import generator, seeded
-
-from ._arguments import check_number
 
 __all__ = ["CrossModalPromptLearner", "Flow", "HiCroPLConfig", "KnowledgeMapper", "LayerKnowledgeProxy"]
 

@@ -21,6 +21,7 @@ from .files import check_writable
 __all__ = [
     "History",
     "check_finite",
+    "check_number",
     "check_positive",
     "discard_run",
     "evaluating",
@@ -80,6 +81,19 @@ def check_positive(**values: int | None) -> None:
             raise BadInput(name, value, "is not a whole number", "give a positive whole number")
         if value < 1:
             raise BadInput(name, value, "is below 1", "give a positive number")
+
+
+def check_number(name: str, value: Any, *, zero: bool = False, remedy: str | None = None) -> None:
+    """Refuse what is no finite number above 0 (or 0, with `zero`), naming the argument.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise BadInput(name, value, "is not a finite number", remedy or "give one")
+    if value < 0 or (value == 0 and not zero):
+        problem = "is negative" if zero else "is not positive"
+        raise BadInput(name, value, problem, remedy or f"give {'0 or more' if zero else 'a number above 0'}")
 
 
 @contextlib.contextmanager

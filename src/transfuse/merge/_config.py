@@ -47,7 +47,9 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
     """The arguments of `merge` that a YAML file (or what one would hold) stands for.
 
     A file with `merge_method` is mergekit's. Folders are looked for beside the file first. What DARE keeps is divided
-    by its density, as in the paper and in mergekit until its rescaling was made to keep the sum of magnitudes.
+    by its density, as in the paper and in mergekit until its rescaling was made to keep the sum of magnitudes. Where
+    changes are tied at TIES's threshold all are kept, as the paper's code does; mergekit keeps exactly `density` of
+    them.
 
     Raises:
         BadInput: an unknown or wrong key, by its dotted path.
@@ -106,7 +108,7 @@ def _mergekit(mapping: Mapping[str, Any], where: str, beside: Path) -> dict[str,
                 at(where, key), mapping[key], "is not offered", "give whole models under `models`"
             )
     kind = mapping["merge_method"]
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise BadInput(
             at(where, "merge_method"),
             kind,
@@ -131,11 +133,18 @@ def _mergekit(mapping: Mapping[str, Any], where: str, beside: Path) -> dict[str,
             continue  # it adds nothing to itself
         models.append(name)
         own.append({**shared, **_parameters(row.get("parameters"), at(place, "parameters"), _PER_MODEL)})
+    if kind == "linear" and base is not None and base not in models:
+        if "weight" not in shared:
+            problem = "is one of the models that are averaged, and has no weight"
+            raise BadInput(at(where, "base_model"), base, problem, "add it to `models`, or leave it out")
+        models.append(base)
+        own.append(shared)
     arguments = _arguments(kind, shared, own, where)
-    if kind == "slerp" and len(models) == 2 and base is not None:
-        if base not in models:
+    if kind == "slerp" and base is not None:
+        if len(models) == 2 and base not in models:
             raise BadInput(at(where, "base_model"), base, "is not among the models", "name one of the two")
-        models = [base, next((m for m in models if m != base), base)]
+        if len(models) == 2 or (len(models) == 1 and models != [base]):
+            models = [base, next((m for m in models if m != base), base)]
     source = mapping.get("tokenizer_source", "base")
     if source not in ("base", base):
         raise NotApplicable(at(where, "tokenizer_source"), source, "is not offered", 'write "base"')

@@ -22,6 +22,7 @@ from ..core.shards import SHARD_BYTES, ShardWriter, row_blocks
 from ._methods import Piece, Pieces, StaticMerge
 from ._plan import Plan, Vocabulary, check_output, plan_merge, wanted_dtype
 from ._sources import Source
+from ._static import check_half, wide_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ __all__ = ["merge", "merged_tensors"]
 
 BLOCK = 1 << 20  # elements read and written at a time
 SLICE = 32_000  # elements merged at a time: they stay in the cache, and torch starts no threads for so few
+_LARGER = 'pass dtype="bfloat16", or load the models in it'
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
 _NOT_COPIED = {"transfuse.json", "adapter_config.json", "model.safetensors.index.json", "training.json"}
 
@@ -74,7 +76,7 @@ def merge(
         The folder's path; the tensors by name without `output`; a `Plan` for a dry run.
 
     Raises:
-        BadInput: an argument out of range, or of another method.
+        BadInput: an argument out of range, or of another method; a number that float16 does not hold.
         IncompatibleModels: models of other architectures or vocabularies; the message names the tensor or token.
         Unavailable: too little disk.
     """
@@ -147,7 +149,8 @@ def _fitted(primary: Source, model: Source, name: str, start: int, stop: int) ->
     if start >= count:
         return primary.rows(name, start, stop)
     own, others = model.rows(name, start, count), primary.rows(name, count, stop)
-    return torch.cat([own.float(), others.float()])
+    wide = wide_dtype([own, others])
+    return torch.cat([own.to(wide), others.to(wide)])
 
 
 def _whole(plan: Plan) -> Iterator[Pieces]:
@@ -167,7 +170,10 @@ def _rows(plan: Plan, name: str, survey: Any) -> Iterator[Tensor]:
     info = plan.infos[name]
     if name in plan.kept:
         for start, stop in row_blocks(info, BLOCK):
-            yield plan.primary.rows(name, start, stop).to(info.dtype)
+            rows = plan.primary.rows(name, start, stop)
+            kept = rows.to(info.dtype)
+            check_half(name, rows, kept, _LARGER)
+            yield kept
         return
     state = plan.method.begin(name, lambda: _pieces(plan, name), len(plan.models), survey)
     ready, filled = torch.empty(min(BLOCK, info.numel), dtype=info.dtype), 0
@@ -176,7 +182,9 @@ def _rows(plan: Plan, name: str, survey: Any) -> Iterator[Tensor]:
         if filled + len(merged) > len(ready):
             yield ready[:filled]
             ready, filled = torch.empty_like(ready), 0
-        ready[filled : filled + len(merged)] = merged
+        part = ready[filled : filled + len(merged)]
+        part.copy_(merged)
+        check_half(name, merged, part, _LARGER)
         filled += len(merged)
     if filled:
         yield ready[:filled]

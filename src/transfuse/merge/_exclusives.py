@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ._adapters import AdapterSource
 from ._methods import TaskArithmetic
 from ._plan import Plan
-from ._sources import AdapterSource
-from ._static import drop, generators, kth_magnitudes, trim
+from ._static import drop, generators, kth_magnitudes, trim, wide_dtype
 
 __all__ = ["Exclusives", "Rounding", "Strategy", "product_svd", "rank_of", "truncated_svd"]
 
@@ -32,8 +33,8 @@ def rank_of(rank: float, size: int, rounding: Rounding = "round") -> int:
     Raises:
         BadInput: not positive, or neither a share nor a whole number.
     """
-    whole = isinstance(rank, int)
-    if not rank > 0 or isinstance(rank, bool) or not (whole or rank <= 1):
+    whole = isinstance(rank, Integral)
+    if isinstance(rank, bool) or not isinstance(rank, Real) or not rank > 0 or not (whole or rank <= 1):
         raise BadInput("rank", rank, "is neither a count nor a share", "give 8, or 0.1 for a tenth")
     if whole:
         return min(int(rank), size)
@@ -115,8 +116,9 @@ class Exclusives:
         self.sums[:, 0] += base.double().square().sum()
         if (products := self._of_products(name)) is not None:
             return products
-        wide, middle = base.float(), shared.float()
-        experts = [model.tensor(name).float() for model in plan.models]
+        given = [model.tensor(name) for model in plan.models]
+        dtype = wide_dtype([base, shared, *given])
+        wide, middle, *experts = (tensor.to(dtype) for tensor in (base, shared, *given))
         if all(torch.equal(expert, wide) for expert in experts) and torch.equal(middle, wide):
             return {}
         factors, whole = [], []
@@ -165,7 +167,7 @@ class Exclusives:
         return _stacked(found, info.dtype)
 
     def _sparse(self, delta: Tensor, random: torch.Generator) -> Tensor:
-        counted = isinstance(self.rank, int)  # as in `rank_of`: 1 is one direction, 1.0 is all
+        counted = isinstance(self.rank, Integral)  # as in `rank_of`: 1 is one direction, 1.0 is all
         share = self.rank / min(delta.flatten(1).shape) if counted else self.rank
         share = min(share, 1.0)
         if self.strategy == "random":

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.batches import IGNORED, data_identity, pad_collator
+from ..core.batches import IGNORED, data_identity, pad_collator, text_rows
 from ..core.errors import BadInput, IncompatibleModels
 from ..core.files import hash_state
 from ..core.fused import head_of
 from ..core.generate import check_length, pad_id_of
 from ..core.rowstore import RowStore
-from ..core.runs import evaluating
+from ..core.runs import check_number, check_positive, evaluating
 from ..core.tokens import encode, locate
 from ._fusion import Distributions, Rest
 from ._fusion_align import Alignment, Fallback, VocabularyMap, align_distributions, same_vocabulary
 
-__all__ = ["Reading", "SourceStore", "gathered"]
+__all__ = ["Reading", "SourceStore", "gathered", "rows_of"]
 
 _STEM = "source"
 _SMALL = 2**16
@@ -157,8 +157,8 @@ class SourceStore:
             problem = f"entries of vocabulary, the target has {width}"
             remedy = "pass tokenizer and target_tokenizer: by them it is mapped"
             raise IncompatibleModels("source", reading.vocabulary, problem, remedy)
-        if k < 1 or not temperature > 0:
-            raise BadInput("k", f"{k}, temperature = {temperature}", "are not positive", "give 1 and above")
+        check_positive(k=k)
+        check_number("temperature", temperature, remedy="give 1 for the source's own")
         if len(dataset) == 0:
             raise BadInput("dataset", "[]", "has no rows", "give at least one row")
         k = min(k, reading.vocabulary, width)
@@ -304,3 +304,31 @@ def _first_byte(tokenizer: Any, row: Mapping[str, Any], text: str) -> int:
 
 def _mean(nll: Tensor) -> float:
     return float(nll.double().mean()) if len(nll) else 0.0
+
+
+def rows_of(texts: Any, tokenizer: Any, block: int) -> list[Any]:
+    """Rows with `input_ids` and `labels`.
+
+    Args:
+        texts: A file, as `core.batches.text_rows` reads it; texts; or such rows.
+        tokenizer: For texts.
+        block: Tokens per row, at most.
+
+    Raises:
+        BadInput: something else, or no row.
+    """
+    if isinstance(texts, (str, os.PathLike)):
+        return text_rows(tokenizer, texts, block)
+    rows: list[Any] = []
+    for i, text in enumerate(texts):
+        if isinstance(text, str):
+            ids = tokenizer(text, verbose=False)["input_ids"]
+            pieces = [ids[at : at + block] for at in range(0, len(ids), block)]
+            rows += [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) > 1]
+        elif isinstance(text, Mapping) and {"input_ids", "labels"} <= set(text):
+            rows.append({name: list(text[name]) for name in ("input_ids", "labels")})
+        else:
+            raise BadInput(f"texts[{i}]", text, "is no text and no row", "give texts, or ids and labels")
+    if not rows:
+        raise BadInput("texts", "[]", "hold no row", "give longer texts")
+    return rows

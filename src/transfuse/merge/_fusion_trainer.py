@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class FusionTrainer(SafeTrainer):
     there. The selection network is trained with the target and is in the checkpoints, which are those of
     `SafeTrainer`; `save_model` writes the target alone. The target's and the fusion loss are divided by the predicted
     tokens of the whole update, over micro-batches and processes, the feedback by the number of micro-batches.
-    `evaluate` reports the cross-entropy with the labels.
+    `evaluate` reports the cross-entropy with the labels, a mean over all predicted tokens (NaN without any).
 
     Args:
         model: The target, a causal language model.
@@ -96,6 +97,7 @@ class FusionTrainer(SafeTrainer):
         self.can_return_loss = True
         self.figures: list[dict[str, float]] = []
         self._now: dict[str, float] = {}
+        self._judged = torch.zeros(2, dtype=torch.float64)
         self._ce = torch.stack([store.ce for store in sources], -1)
         self.add_callback(_Collected(self))
         if args.disable_tqdm:
@@ -150,7 +152,18 @@ class FusionTrainer(SafeTrainer):
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
         """Evaluation: the loss alone, no logits kept."""
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            found = model(self._prepare_inputs(inputs), evaluate=True)
+        sums, tokens = self.accelerator.gather_for_metrics((found["sums"], found["tokens"]))
+        self._judged += torch.stack([sums.double().sum(), tokens.double().sum()]).cpu()
+        return found["loss"].detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """Trainer's, with the mean over tokens in place of the mean over batches."""
+        self._judged = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        total, tokens = self._judged.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / tokens if tokens else math.nan
+        return output
 
     def end_update(self) -> None:
         """Keep the figures of an update."""
@@ -199,7 +212,12 @@ class _Fusing(nn.Module):
             keep = batch["labels"][:, 1:] != IGNORED
             rows = student[:, :-1][keep]
             logits = rows if self.reading.head is None else self.reading.head(rows)
-            return {"loss": nn.functional.cross_entropy(logits.float(), batch["labels"][:, 1:][keep])}
+            each = torch.zeros(keep.shape, device=keep.device)
+            each[keep] = nn.functional.cross_entropy(
+                logits.float(), batch["labels"][:, 1:][keep], reduction="none"
+            )
+            tokens = keep.sum(-1)
+            return {"loss": each.sum() / tokens.sum().clamp_min(1), "sums": each.sum(-1), "tokens": tokens}
         sources, ce = gathered(self.stores, batch, self.rest)
         found = self.fusion(
             student, batch["labels"], sources, ce, head=self.reading.head, items=batch.get("items"),

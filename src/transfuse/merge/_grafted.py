@@ -14,7 +14,7 @@ from ..core.errors import BadInput, CorruptFile, NotApplicable
 from ..core.files import atomic_dir, check_writable, read_tensors, sha256_file, write_tensors
 from ..core.lineage import write_lineage
 from ..core.models import load
-from ._around import Around
+from ._around import Around, check_prompt, examples_of, prompt_of
 from ._pack import SkillPack, plug, plugged, read_header, unplug, write_header
 from ._pack_router import BASE, SkillRouter
 
@@ -141,12 +141,13 @@ class GraftedModel(Around):
             *args: The model's own arguments.
             task: See the class.
             **kwargs: The model's own arguments.
+
+        Raises:
+            BadInput: no such task, or not one for each example; where the router decides, a cache with tokens in it.
         """
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not given:
-            raise BadInput("input_ids", None, "is missing", "call it with tensors, one row per example")
-        rows = len(given[0])
+        rows = examples_of(args, kwargs)
         if task is None and self.router is not None:
+            check_prompt(args, kwargs, "task")
             features = self.router.encode(self.use(BASE), args, kwargs)
             return self.router.choose(features)
         if task is None:
@@ -177,8 +178,7 @@ class GraftedModel(Around):
 
         Rows of examples with different tasks are filled up on the right to one length.
         """
-        named = {"inputs": "input_ids", "input_ids": "input_ids", "attention_mask": "attention_mask"}
-        inputs = {own: kwargs[name] for name, own in named.items() if kwargs.get(name) is not None}
+        inputs = prompt_of(kwargs)
         found: list[tuple[Tensor, Any]] = []
         for name, rows, own, given in _split(self.tasks(*args, task=task, **inputs), args, kwargs):
             model: Any = self.use(name)
@@ -273,6 +273,9 @@ def _split(
     """Per task: its name, the numbers of its examples, and the arguments cut down to them."""
     found = []
     names = list(dict.fromkeys(tasks))
+    if len(names) > 1 and any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+        problem = "is one for examples of several tasks"
+        raise NotApplicable("past_key_values", "cache", problem, "call it with one task at a time")
     for name in names:
         rows = torch.tensor([i for i, task in enumerate(tasks) if task == name])
 

@@ -2,7 +2,7 @@
 
 Tensors come in pieces of a few rows, so that a model never has to be in memory; what a method must know about a
 whole tensor (an angle) or the whole model (the size of its largest changes) it gathers in a pass before. Sums are
-taken in float32.
+taken in float32, or in float64 where a model is of that.
 
     linear           sum_i w_i theta_i / sum_i w_i                                        (model soups, 2203.05482)
     slerp            sin((1-t) a)/sin(a) theta_1 + sin(t a)/sin(a) theta_2, a the angle between the two
@@ -16,7 +16,7 @@ taken in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..core.fields import check_arguments, suggest
+from ..core.fields import suggest
+from ._checks import check_density, check_scaling, check_types, check_weights, spread
 from ._static import (
     disjoint_mean,
     drop,
@@ -96,7 +97,7 @@ class StaticMerge:
         return None
 
     def combine(self, piece: Piece, state: Any) -> Tensor:
-        """The merged rows, float32."""
+        """The merged rows, float32 or float64."""
         raise BadInput("method", type(self).__name__, "merges nothing", f"use one of {', '.join(METHODS)}")
 
 
@@ -113,10 +114,10 @@ class Linear(StaticMerge):
     normalize: bool = True
 
     def check(self, count: int) -> None:
-        _check_weights(self.weights, count, self.normalize)
+        check_weights(self.weights, count, self.normalize)
 
     def combine(self, piece: Piece, state: Any) -> Tensor:
-        weights = _spread(self.weights, len(piece.models))
+        weights = spread(self.weights, len(piece.models))
         total = sum(weights) if self.normalize else 1.0
         return weighted_sum(piece.models, [weight / total for weight in weights])
 
@@ -168,11 +169,11 @@ class TaskArithmetic(StaticMerge):
     normalize: bool = False
 
     def check(self, count: int) -> None:
-        _check_weights(self.weights, count, self.normalize)
-        _check_scaling(self.scaling)
+        check_weights(self.weights, count, self.normalize)
+        check_scaling(self.scaling)
 
     def combine(self, piece: Piece, state: Any) -> Tensor:
-        weights = _spread(self.weights, len(piece.models))
+        weights = spread(self.weights, len(piece.models))
         total = sum(weights) if self.normalize else 1.0
         return _onto(piece, weighted_sum(_changes(piece), [w / total for w in weights]), self)
 
@@ -204,9 +205,9 @@ class Ties(StaticMerge):
         return 1 if whole else 3
 
     def check(self, count: int) -> None:
-        _check_weights(self.weights, count, True, positive=True)
-        _check_density(self.density, count)
-        _check_scaling(self.scaling)
+        check_weights(self.weights, count, True, positive=True)
+        check_density(self.density, count)
+        check_scaling(self.scaling)
         if self.scope not in ("model", "tensor"):
             raise BadInput("scope", self.scope, "is unknown", 'use "model" or "tensor"')
         _check_tie(self.tie)
@@ -221,13 +222,13 @@ class Ties(StaticMerge):
 
     def combine(self, piece: Piece, state: list[float]) -> Tensor:
         kept = [trim(delta, threshold) for delta, threshold in zip(_changes(piece), state, strict=True)]
-        weights = _spread(self.weights, len(kept))
+        weights = spread(self.weights, len(kept))
         return _onto(
             piece, disjoint_mean(kept, weights, normalize=self.normalize, tie=_SIGNS[self.tie]), self
         )
 
     def _thresholds(self, pieces: Pieces, count: int) -> list[float]:
-        shares = _spread(self.density, count)
+        shares = spread(self.density, count)
         if all(share == 1 for share in shares):
             return [0.0] * count
         return kth_magnitudes(lambda: (_changes(piece) for piece in pieces()), shares)
@@ -247,7 +248,7 @@ class _Dare(StaticMerge):
         return generators(self.seed, name, count)
 
     def _dropped(self, piece: Piece, state: list[torch.Generator]) -> list[Tensor]:
-        shares = _spread(self.density, len(piece.models))
+        shares = spread(self.density, len(piece.models))
         return [
             drop(delta, share, random, rescale=self.rescale)
             for delta, share, random in zip(_changes(piece), shares, state, strict=True)
@@ -270,12 +271,12 @@ class DareLinear(_Dare):
     scaling: float = 0.4
 
     def check(self, count: int) -> None:
-        _check_weights(self.weights, count, self.normalize)
-        _check_density(self.density, count)
-        _check_scaling(self.scaling)
+        check_weights(self.weights, count, self.normalize)
+        check_density(self.density, count)
+        check_scaling(self.scaling)
 
     def combine(self, piece: Piece, state: list[torch.Generator]) -> Tensor:
-        weights = _spread(self.weights, len(piece.models))
+        weights = spread(self.weights, len(piece.models))
         total = sum(weights) if self.normalize else 1.0
         return _onto(piece, weighted_sum(self._dropped(piece, state), [w / total for w in weights]), self)
 
@@ -299,12 +300,12 @@ class DareTies(_Dare):
 
     def check(self, count: int) -> None:
         _check_tie(self.tie)
-        _check_weights(self.weights, count, True, positive=True)
-        _check_density(self.density, count)
-        _check_scaling(self.scaling)
+        check_weights(self.weights, count, True, positive=True)
+        check_density(self.density, count)
+        check_scaling(self.scaling)
 
     def combine(self, piece: Piece, state: list[torch.Generator]) -> Tensor:
-        weights, tie = _spread(self.weights, len(piece.models)), _SIGNS[self.tie]
+        weights, tie = spread(self.weights, len(piece.models)), _SIGNS[self.tie]
         kept = self._dropped(piece, state)
         return _onto(piece, disjoint_mean(kept, weights, normalize=self.normalize, tie=tie), self)
 
@@ -327,22 +328,17 @@ def make_static(method: str | StaticMerge, arguments: Mapping[str, Any], count: 
     """
     if isinstance(method, StaticMerge):
         if arguments:
-            name = next(iter(arguments))
-            raise BadInput(
-                name, arguments[name], "is given beside a method that has its arguments", "leave it out"
-            )
+            name, value = next(iter(arguments.items()))
+            raise BadInput(name, value, "is given beside a method that has its arguments", "leave it out")
         made = method
+        if type(made) in METHODS.values():
+            check_types(type(made), vars(made))
     else:
         found = METHODS.get(str(method).replace("-", "_"))
         if found is None:
-            raise BadInput(
-                "method",
-                method,
-                "is not a static merge",
-                suggest(method, METHODS, f"use one of {', '.join(METHODS)}"),
-            )
-        given = {k: list(v) if isinstance(v, Iterator) else v for k, v in arguments.items() if v is not None}
-        made = found(**check_arguments(found, given))
+            remedy = suggest(method, METHODS, f"use one of {', '.join(METHODS)}")
+            raise BadInput("method", method, "is not a static merge", remedy)
+        made = found(**check_types(found, arguments))
     if count < 1:
         raise BadInput("models", count, "are none", "give the models to merge")
     made.check(count)
@@ -356,41 +352,7 @@ def _changes(piece: Piece) -> list[Tensor]:
 
 def _onto(piece: Piece, change: Tensor, method: Any) -> Tensor:
     assert piece.base is not None
-    return change.mul_(method.scaling).add_(piece.base.float())
-
-
-def _spread(values: float | Sequence[float] | None, count: int) -> list[float]:
-    if values is None:
-        return [1.0] * count
-    return [float(values)] * count if isinstance(values, (int, float)) else [float(value) for value in values]
-
-
-def _check_weights(
-    weights: Sequence[float] | None, count: int, normalize: bool, *, positive: bool = False
-) -> None:
-    if weights is None:
-        return
-    if len(weights) != count:
-        raise BadInput("weights", list(weights), f"are not {count}", "give one weight per model")
-    for i, weight in enumerate(weights):
-        if not math.isfinite(weight) or (positive and weight <= 0):
-            problem = "is not a positive number" if positive else "is not a finite number"
-            raise BadInput(f"weights[{i}]", weight, problem, "give a number like 0.5")
-    if normalize and abs(sum(weights)) < 1e-12:
-        raise BadInput("weights", list(weights), "sum to zero", "pass normalize=False, or other weights")
-
-
-def _check_density(density: float | Sequence[float], count: int) -> None:
-    if not isinstance(density, (int, float)) and len(density) != count:
-        raise BadInput("density", list(density), f"are not {count}", "give one number, or one per model")
-    for share in _spread(density, count):
-        if not 0 < share <= 1:
-            raise BadInput("density", share, "is not in (0, 1]", "give the share of the changes to keep, 0.2")
-
-
-def _check_scaling(scaling: float) -> None:
-    if not math.isfinite(scaling):
-        raise BadInput("scaling", scaling, "is not a finite number", "give a number like 0.4")
+    return change.mul_(method.scaling).add_(piece.base.to(change.dtype))
 
 
 def _check_tie(tie: str) -> None:

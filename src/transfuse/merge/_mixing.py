@@ -157,6 +157,15 @@ class _MixedEmbedding(_Mixed):
         y = F.embedding(ids, self.weight)
         if self.routing.weights is not None:
             count = len(self.routing.weights)
+            if (
+                ids.dim() == 1
+                and count > 1
+                and bool((self.routing.weights != self.routing.weights[:1]).any())
+            ):
+                problem = "has ids without an axis of examples: positions, or tokens?"
+                raise NotApplicable(
+                    "embedding", tuple(ids.shape), problem, "exclude it, or give one example at a time"
+                )
             if len(ids) == 1 and count > 1:  # positions, the same for every example
                 ids, y = ids.expand(count, *ids.shape[1:]), y.expand(count, *y.shape[1:])
             w = self.routing.of(len(ids))
@@ -263,6 +272,8 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 def _check_kind(place: str, module: nn.Module, changes: Mapping[str, Exclusive]) -> None:
     if not place:
         raise NotApplicable("experts", type(module).__name__, "is a single layer", "put it into a module")
+    if place.endswith("relative_attention_bias"):
+        raise NotApplicable("experts", place, "is read by distances, not by examples", "exclude it")
     if ".experts." in f".{place}.":
         raise NotApplicable(
             "experts", place, "is one of several experts: its rows are no examples", "exclude it"

@@ -34,6 +34,7 @@ from ..core.packed import PACKED, pack_bits, read_packed, write_packed
 from ._pack_calibrate import calibration_batches, compress
 from ._pack_pieces import ModulePolicy, Piece, read_piece
 from ._plan import plan_merge
+from ._static import check_half, task_vectors
 
 __all__ = ["HEADER", "SkillPack", "plug", "plugged", "read_header", "unplug", "write_header"]
 
@@ -88,10 +89,15 @@ class SkillPack:
 
         Raises:
             IncompatibleModels: a tensor that one of the two lacks, or of another shape; names it.
-            BadInput: a policy out of range, inputs of another form, NaN or infinity.
+            BadInput: a policy out of range, inputs of another form, NaN or infinity; a base with packs plugged in.
         """
         chosen = ModulePolicy() if policy is None else policy
+        if not isinstance(chosen, ModulePolicy):
+            raise BadInput("policy", chosen, "is no ModulePolicy", "write ModulePolicy(share=0.1)")
         chosen.check()
+        if isinstance(base, nn.Module) and plugged(base):
+            here = ", ".join(pack.name for pack in plugged(base))
+            raise BadInput("base", type(base).__name__, f"has packs plugged in: {here}", "remove them first")
         if not name or "+" in name:
             raise BadInput("name", name, "is empty or has a plus in it", "give a word")
         model = base if isinstance(base, nn.Module) else load(base).model
@@ -101,7 +107,8 @@ class SkillPack:
         assert own is not None
 
         def delta(tensor: str) -> Tensor:
-            found = other.tensor(tensor).float() - own.tensor(tensor).float()
+            (found,) = task_vectors(own.tensor(tensor), [other.tensor(tensor)])
+            found = found.float()
             if not bool(torch.isfinite(found).all()):
                 raise BadInput(
                     f"tuned[{tensor!r}]", "NaN or infinity", "has no difference", "check the model"
@@ -283,6 +290,7 @@ def plug(model: nn.Module, packs: Sequence[SkillPack]) -> None:
 
     Raises:
         IncompatibleModels: a pack of another model. Nothing was changed.
+        BadInput: a sum that float16 does not hold. The model is the base again.
     """
     own: dict[str, Any] = model.state_dict(keep_vars=True)
     grafts = model.__dict__.get(_GRAFTS)
@@ -319,6 +327,7 @@ def plug(model: nn.Module, packs: Sequence[SkillPack]) -> None:
                 for pack in now[name]:
                     value = value + pack.delta(name).to(value.device)
             own[name].data.copy_(value)
+            check_half(name, value, own[name].data, 'load the base with dtype="bfloat16"')
     except BaseException:
         for name, value in grafts.kept.items():
             own[name].data.copy_(value)

@@ -235,7 +235,7 @@ class _Walk:
                 units[-1][1].append(stage)
             else:
                 units.append((home, [stage]))
-        hidden: list[Tensor] | None = None
+        hidden: list[Tensor | None] | None = None
         at = 0
         for home, inside in units:
             if home is None:
@@ -269,23 +269,25 @@ class _Walk:
             before = place
         return found
 
-    def _see(self, batch: Batch, module: str, block: str | None, hidden: Tensor | None) -> Tensor:
-        """A module's input; from a block on, where that block's own input is known."""
+    def _see(self, batch: Batch, module: str, block: str | None, hidden: Tensor | None) -> Tensor | None:
+        """A module's input; from a block on, where that block's own input is known. None where it is not reached."""
         with taps.capture(self.model, module, inputs=True, stop=True) as seen:
             if block is None or hidden is None:
                 seen.run(**batch)
             else:
                 with taps.replay(self.model, block, hidden, tupled=self.tupled):
                     seen.run(**batch)
-        return seen[module]
+        return seen.get(module)
 
     def _moment(
-        self, batches: Sequence[Batch], module: str, block: str | None, hidden: Sequence[Tensor] | None
-    ) -> Tensor:
-        """2 E[x x^T] of a layer's inputs; padding does not count."""
+        self, batches: Sequence[Batch], module: str, block: str | None, hidden: Sequence[Tensor | None] | None
+    ) -> Tensor | None:
+        """2 E[x x^T] of a layer's inputs; padding does not count. None where no batch reaches it."""
         total: SecondMoment | None = None
         for number, batch in enumerate(batches):
             x = self._see(batch, module, block, None if hidden is None else hidden[number])
+            if x is None:
+                continue
             mask = batch.get("attention_mask")
             if mask is not None and tuple(mask.shape) == tuple(x.shape[:-1]):
                 x = x[mask.bool()]
@@ -293,15 +295,14 @@ class _Walk:
             if total is None:
                 total = SecondMoment(x.shape[1], device=x.device)
             total.add(x)
-        assert total is not None
-        return 2 * total.matrix
+        return None if total is None else 2 * total.matrix
 
     def _unit(
         self,
         batches: Sequence[Batch],
         stages: Sequence[Sequence[str]],
         block: str | None,
-        hidden: Sequence[Tensor] | None,
+        hidden: Sequence[Tensor | None] | None,
     ) -> None:
         """Round the layers of a block, group by group."""
         names = [name for stage in stages for name in stage]

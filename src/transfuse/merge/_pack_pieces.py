@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..core.errors import BadInput
 from ..core.packed import Codes, pack_bits, unpack_bits
+from ..core.runs import check_number
 from ._gptq import Rounded
 from ._static import kth_magnitudes, trim
 
@@ -24,6 +26,16 @@ FULL = 16
 """The number of bits that means: factors are kept in 16-bit floating point."""
 
 _INDEX_BITS = 32
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_group(pair: Any) -> bool:
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(_is_count, pair)):
+        return False
+    return pair[0] >= 1 and pair[1] in (*range(1, 9), FULL)
 
 
 @dataclass(frozen=True)
@@ -63,20 +75,19 @@ class ModulePolicy:
             BadInput: names the argument.
         """
         for name in ("attention", "mlp"):
-            groups = [tuple(pair) for pair in getattr(self, name)]
-            known = (*range(1, 9), FULL)
-            if not groups or any(len(g) != 2 or g[0] < 1 or g[1] not in known for g in groups):
+            groups = getattr(self, name)
+            if not isinstance(groups, Sequence) or not groups or not all(map(_is_group, groups)):
                 raise BadInput(name, groups, "are not pairs (columns, bits)", "write [[20, 8], [180, 4]]")
             if [bits for _, bits in groups] != sorted((bits for _, bits in groups), reverse=True):
                 raise BadInput(name, groups, "have rising bits", "large singular values take the most bits")
-        if not 0 < self.share <= 1:
+        check_number("share", self.share, remedy="give the share of entries kept, 0.1")
+        if self.share > 1:
             raise BadInput("share", self.share, "is not in (0, 1]", "give the share of entries kept, 0.1")
-        if self.group_size is not None and self.group_size < 1:
+        if self.group_size is not None and (not _is_count(self.group_size) or self.group_size < 1):
             raise BadInput(
                 "group_size", self.group_size, "is not a count", "give 128, or null for whole rows"
             )
-        if not self.damp >= 0:
-            raise BadInput("damp", self.damp, "is negative", "give 0.01")
+        check_number("damp", self.damp, zero=True, remedy="give 0.01")
         for pattern, operator in [*self.rules.items(), ("", self.other)]:
             if operator not in get_args(Operator):
                 raise BadInput("rules", operator, "is unknown", f"use {', '.join(get_args(Operator))}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import BadInput
-from ._router import Router, encode, input_batches, train_router
+from ._router import Router, check_training, encode, input_batches, train_router
 
 __all__ = ["BASE", "INPUTS", "SkillRouter"]
 
@@ -78,6 +78,8 @@ class SkillRouter:
         """
         if self.kind not in ("network", "centroid"):
             raise BadInput("kind", self.kind, "is unknown", 'use "network" or "centroid"')
+        if self.kind == "network":
+            check_training(self.lr, self.epochs, self.batch_size, self.validation, self.seed)
         found = self._features(prompts)
         names = list(dict.fromkeys(labels))
         if len(found) != len(labels):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,13 @@ from ..core.errors import BadInput, IncompatibleModels
 from ..core.files import check_writable
 from ..core.shards import SHARD_BYTES, ShardWriter, TensorInfo, check_space
 from ._methods import StaticMerge, make_static
-from ._sources import Source, open_source
+from ._opening import open_source
+from ._sources import Source
 
 __all__ = ["Plan", "Vocabulary", "check_output", "plan_merge", "wanted_dtype"]
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_WRITTEN = {*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 
 Vocabulary = Literal["same", "base"]
 
@@ -102,6 +104,7 @@ def plan_merge(
     Raises:
         BadInput: an argument, or a model that does not fit; see `merge`.
     """
+    _check_shard_bytes(shard_bytes)
     if isinstance(models, (str, os.PathLike, Mapping)) or not isinstance(models, Sequence):
         raise BadInput("models", models, "is not a list", "give a list of models")
     made = make_static(method, arguments, len(models))
@@ -116,12 +119,12 @@ def plan_merge(
     root = None if base is None else open_source(base, "base")
     opened = [open_source(model, f"models[{i}]", root) for i, model in enumerate(models)]
     primary = opened[0] if root is None else root
-    patterns = [_pattern(text) for text in exclude]
+    patterns = _patterns(exclude)
     infos: dict[str, TensorInfo] = {}
     kept, fitted = [], {}
     for key, info in primary.infos.items():
         number = info.dtype.is_floating_point
-        if number and info.dtype not in _FLOATS:
+        if (number and info.dtype not in _FLOATS) or info.dtype.is_complex:
             raise BadInput(
                 key, str(info.dtype), "is a dtype that is not merged", "convert the models to bf16 first"
             )
@@ -197,14 +200,22 @@ def check_output(plan: Plan, output: str | os.PathLike[str]) -> Path:
     """The output folder, new or empty, on a disk with room for it.
 
     Raises:
-        BadInput: it holds something.
+        BadInput: it holds something; a tensor whose dtype is not written.
         Unavailable: too little room.
     """
+    for name, info in plan.infos.items():
+        if info.dtype not in _WRITTEN:
+            raise BadInput(name, str(info.dtype), "is a dtype that is not written", "convert it to int64")
     target = check_writable(output, "output")
     if target.is_dir() and any(target.iterdir()):
         raise BadInput("output", str(target), "is not empty", "choose another folder, or remove this one")
     check_space(target, plan.bytes_written)
     return target
+
+
+def _check_shard_bytes(size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise BadInput("shard_bytes", size, "is not a count of bytes", f"give a whole number, {SHARD_BYTES}")
 
 
 def wanted_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -221,7 +232,20 @@ def wanted_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return found
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def _patterns(exclude: Sequence[str]) -> list[re.Pattern[str]]:
+    """The regular expressions of `exclude`.
+
+    Raises:
+        BadInput: no list, something in it that is no text, or no regular expression.
+    """
+    if isinstance(exclude, (str, bytes)) or not isinstance(exclude, (Sequence, Set)):
+        raise BadInput("exclude", exclude, "is not a list", "write ['classifier'], or () for nothing")
+    return [_pattern(text) for text in exclude]
+
+
+def _pattern(text: Any) -> re.Pattern[str]:
+    if not isinstance(text, str):
+        raise BadInput("exclude", text, "is not text", "write e.g. 'classifier'")
     try:
         return re.compile(text)
     except re.error as error:

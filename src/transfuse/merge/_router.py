@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from ..core import taps
 from ..core.batches import minibatches
 from ..core.errors import BadInput
 from ..core.generate import pad_batch, pad_id_of
+from ..core.runs import check_number, check_positive
 from ..core.training import generator, loop, seeded
 
-__all__ = ["Router", "encode", "input_batches", "masked_mean", "train_router"]
+__all__ = ["Router", "check_training", "encode", "input_batches", "masked_mean", "train_router"]
+
+_OF_CACHES = ("past_key_values", "cache_params", "cache_position")
 
 
 class Router(nn.Sequential):
@@ -42,6 +46,25 @@ class Router(nn.Sequential):
         last = self[-1]
         assert isinstance(last, nn.Linear)
         return last.out_features
+
+
+def check_training(lr: float, epochs: int, batch_size: int, validation: float, seed: int) -> None:
+    """Refuse what a router cannot be trained with.
+
+    Raises:
+        BadInput: names the argument.
+    """
+    check_number("lr", lr, remedy="give 5e-4")
+    check_positive(epochs=epochs, batch_size=batch_size)
+    if batch_size == 1:
+        raise BadInput("batch_size", 1, "is too few for a batch norm", "give 2 or more")
+    check_number("validation", validation, zero=True, remedy="give the share of rows to hold out, 0.1")
+    if validation >= 1:
+        raise BadInput(
+            "validation", validation, "is not in [0, 1)", "give the share of rows to hold out, 0.1"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise BadInput("seed", seed, "is not an integer from 0 to 2**32 - 1", "give such a seed")
 
 
 def train_router(
@@ -73,10 +96,7 @@ def train_router(
     Raises:
         BadInput: fewer than two rows to train on, or arguments out of range.
     """
-    if not 0 <= validation < 1:
-        raise BadInput(
-            "validation", validation, "is not in [0, 1)", "give the share of rows to hold out, 0.1"
-        )
+    check_training(lr, epochs, batch_size, validation, seed)
     order = torch.randperm(len(labels), generator=generator(seed))
     held = order[: int(validation * len(labels))]
     kept = order[len(held) :]
@@ -130,6 +150,9 @@ def input_batches(
         BadInput: something else, or texts without a tokenizer.
     """
     where = f"inputs_by_task[{task!r}]"
+    columns = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    if not columns or (isinstance(columns[0], Tensor) and not columns[0].numel()):
+        raise BadInput(where, type(inputs).__name__, "holds no inputs", "give a hundred or more")
     if isinstance(inputs, Tensor):
         yield from (((part,), {}) for part in inputs[:most].split(rows))
         return
@@ -142,9 +165,14 @@ def input_batches(
         raise BadInput(
             where, type(inputs).__name__, "are no inputs", "give a tensor, tensors by name, or texts"
         )
-    if isinstance(inputs[0], str) and tokenizer is None:
+    if tokenizer is None and any(isinstance(row, str) for row in inputs):
         raise BadInput("tokenizer", None, "is missing for texts", "pass the base's tokenizer")
     chosen = list(inputs[:most])
+    for i, row in enumerate(chosen):
+        if not isinstance(row, str) and (not isinstance(row, Mapping) or "input_ids" not in row):
+            raise BadInput(
+                f"{where}[{i}]", row, "is no text and has no input_ids", "give texts or token rows"
+            )
     ids = [tokenizer(row)["input_ids"] if isinstance(row, str) else row["input_ids"] for row in chosen]
     pad = 0 if tokenizer is None else pad_id_of(tokenizer)
     for start in range(0, len(ids), rows):
@@ -169,6 +197,8 @@ def masked_mean(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 def encode(model: nn.Module, features: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """A model's features of its inputs, averaged over tokens, float32 `[B, d]`.
 
+    Caches are left alone: the model neither reads nor fills those of the call.
+
     Args:
         model: Any module.
         features: Module whose output they are; None for a transformers model's last hidden state.
@@ -179,8 +209,12 @@ def encode(model: nn.Module, features: str | None, args: Sequence[Any], kwargs: 
         BadInput: no `features` for a model that has no backbone.
     """
     device = next(model.parameters()).device
-    args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
-    kwargs = {n: value.to(device) if isinstance(value, Tensor) else value for n, value in kwargs.items()}
+    args = tuple(value.to(device) if isinstance(value, Tensor) else _uncached(value) for value in args)
+    kwargs = {
+        n: value.to(device) if isinstance(value, Tensor) else value
+        for n, value in kwargs.items()
+        if n not in _OF_CACHES
+    }
     mask = kwargs.get("attention_mask")
     if features is not None:
         with taps.capture(model, features) as seen:
@@ -191,8 +225,25 @@ def encode(model: nn.Module, features: str | None, args: Sequence[Any], kwargs: 
         raise BadInput("features", None, f"is missing for a {type(model).__name__}", "name a module")
     known = inspect.signature(backbone.forward).parameters
     given = {name: value for name, value in kwargs.items() if name in known}
-    if mask is not None and "position_ids" in known and "position_ids" not in given:
+    if (
+        "position_ids" in known
+        and "position_ids" not in given
+        and mask is not None
+        and _starts_late(backbone, mask)
+    ):
         given["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     if "use_cache" in known:
         given["use_cache"] = False
     return masked_mean(backbone(*args, **given).last_hidden_state, mask)
+
+
+def _uncached(value: Any) -> Any:
+    return None if hasattr(value, "get_seq_length") else value
+
+
+def _starts_late(backbone: nn.Module, mask: Tensor) -> bool:
+    """Whether rows are padded on the left and the model does not count its positions from the first token itself."""
+    if mask.dim() != 2 or bool(mask[:, 0].all()):
+        return False
+    places = (m for name, m in backbone.named_modules() if name.endswith("position_embeddings"))
+    return not any(getattr(place, "padding_idx", None) is not None for place in places)

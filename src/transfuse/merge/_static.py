@@ -1,4 +1,4 @@
-"""Static merges, as functions of tensors: sums, arcs, trimming, dropping, electing signs. Float32 throughout."""
+"""Static merges as functions of tensors: sums, arcs, trimming, dropping, signs; in float32, or float64 where one is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 
 __all__ = [
+    "check_half",
     "disjoint_mean",
     "drop",
     "generators",
@@ -22,12 +23,34 @@ __all__ = [
     "task_vectors",
     "trim",
     "weighted_sum",
+    "wide_dtype",
 ]
 
 
+def wide_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """What tensors of any floating dtypes are calculated in: float32, or float64 where one of them is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def check_half(name: str, wide: Tensor, narrow: Tensor, remedy: str) -> None:
+    """Refuse numbers that became infinite in float16; other dtypes pass unseen.
+
+    Args:
+        name: What the message calls it.
+        wide: The numbers.
+        narrow: The same, as they are kept.
+        remedy: What to do about it.
+
+    Raises:
+        BadInput: there is one.
+    """
+    if narrow.dtype == torch.float16 and bool((lost := narrow.isinf() & wide.isfinite()).any()):
+        raise BadInput(name, float(wide[lost].abs().max()), "is too large for float16", remedy)
+
+
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i x_i in float32, for tensors of one shape and any floating dtypes."""
-    total = torch.empty(tensors[0].shape)
+    """sum_i w_i x_i, for tensors of one shape and any floating dtypes."""
+    total = torch.empty(tensors[0].shape, dtype=wide_dtype(tensors))
     scratch = torch.empty_like(total) if len(tensors) > 1 else total
     total.copy_(tensors[0]).mul_(weights[0])
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
@@ -37,9 +60,9 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def task_vectors(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
-    """What each model adds to the base, theta_i - theta_0, in float32."""
-    wide = base.float()
-    return [model.to(torch.float32, copy=True).sub_(wide) for model in models]
+    """What each model adds to the base, theta_i - theta_0, all in one dtype."""
+    wide = base.to(wide_dtype([base, *models]))
+    return [model.to(wide.dtype, copy=True).sub_(wide) for model in models]
 
 
 def slerp_coefficients(dot: float, norm_a: float, norm_b: float, t: float) -> tuple[float, float]:
@@ -84,7 +107,7 @@ def disjoint_mean(
     Zeros have no say.
 
     Args:
-        deltas: Tensors of one shape, float32.
+        deltas: Tensors of one shape and dtype.
         weights: Positive numbers.
         normalize: Divide by the weights of those that take part; False leaves the sum.
         tie: The sign elected where the sum is zero: 0, none, so that the result is zero; or 1.
@@ -108,7 +131,7 @@ def kth_magnitudes(pieces: Callable[[], Iterable[Sequence[Tensor]]], shares: Seq
     gone through twice, and no more than one piece is held.
 
     Args:
-        pieces: The streams side by side, piece by piece; float32.
+        pieces: The streams side by side, piece by piece; looked at in float32.
         shares: Of each stream, in (0, 1].
 
     Returns:
@@ -144,7 +167,7 @@ def kth_magnitudes(pieces: Callable[[], Iterable[Sequence[Tensor]]], shares: Seq
 
 def _bits(numbers: Tensor) -> Any:
     """The bits of the magnitudes, int32."""
-    return numbers.abs().reshape(-1).numpy().view(np.int32)
+    return numbers.float().abs().reshape(-1).numpy().view(np.int32)
 
 
 def _from_above(counts: Any, wanted: int) -> tuple[int, int]:

@@ -16,11 +16,12 @@ from ..core.errors import BadInput, CorruptFile, IncompatibleModels
 from ..core.files import atomic_dir, check_writable, read_tensors, write_tensors
 from ..core.lineage import write_lineage
 from ..core.models import load
+from ..core.runs import check_number, check_positive
 from ..core.shards import SHARD_BYTES, Checkpoint, ShardWriter
-from ._around import Around
+from ._around import Around, check_prompt, examples_of, prompt_of
 from ._mixing import Exclusive, Routing, attach
+from ._opening import open_source
 from ._router import Router, encode, masked_mean
-from ._sources import open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,10 +67,9 @@ class TwinMergedModel(Around):
         record: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        if not temperature > 0:
-            raise BadInput(
-                "temperature", temperature, "is not positive", "give 1, or less for sharper choices"
-            )
+        check_number("temperature", temperature, remedy="give 1, or less for sharper choices")
+        if top_k is not None:
+            check_positive(top_k=top_k)
         if top_k is not None and not 1 <= top_k <= len(tasks):
             raise BadInput("top_k", top_k, f"is not between 1 and {len(tasks)} tasks", "leave it out for all")
         self.tasks, self.features, self.temperature, self.top_k = list(tasks), features, temperature, top_k
@@ -137,10 +137,15 @@ class TwinMergedModel(Around):
             routing: Shares of the tasks, `[B, T]` or `[T]`; by default the router's.
             task: Whose head to use; by default the base's.
             **kwargs: The model's own arguments.
+
+        Raises:
+            BadInput: there is no router; `routing` of another shape; a cache with tokens in it, without `routing`.
         """
-        weights = (
-            self.routing_weights(*args, **kwargs) if routing is None else self._given(routing, args, kwargs)
-        )
+        if routing is None:
+            check_prompt(args, kwargs, "routing")
+            weights = self.routing_weights(*args, **kwargs)
+        else:
+            weights = self._given(routing, args, kwargs)
         with self._routed(weights), self._head(task):
             return self.model(*args, **kwargs)
 
@@ -148,8 +153,7 @@ class TwinMergedModel(Around):
         self, *args: Any, routing: Tensor | None = None, task: str | None = None, **kwargs: Any
     ) -> Any:
         """The model's `generate`, with the routing chosen on the prompt and kept for all new tokens."""
-        named = {"inputs": "input_ids", "input_ids": "input_ids", "attention_mask": "attention_mask"}
-        inputs = {own: kwargs[name] for name, own in named.items() if kwargs.get(name) is not None}
+        inputs = prompt_of(kwargs)
         weights = (
             self.routing_weights(*args, **inputs) if routing is None else self._given(routing, args, inputs)
         )
@@ -158,7 +162,7 @@ class TwinMergedModel(Around):
             return model.generate(*args, **kwargs)
 
     def _given(self, routing: Tensor, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
-        rows = len(args[0] if args else next(iter(kwargs.values())))
+        rows = examples_of(args, kwargs)
         weights = (routing if routing.dim() == 2 else routing[None]).to(self.device)
         weights = weights.expand(rows, -1) if len(weights) == 1 else weights
         if weights.shape != (rows, len(self.tasks)):

@@ -50,15 +50,16 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers import TrainingArguments
 
-from ..core.batches import data_identity, text_rows, text_split
+from ..core.batches import IGNORED, data_identity, text_split
 from ..core.checkpoints import load_checkpoint
 from ..core.errors import BadInput, NotApplicable
 from ..core.files import atomic_dir, check_writable
 from ..core.lineage import amend_lineage, input_hash, jsonable, write_lineage
 from ..core.models import check_spec, fingerprint, load
-from ..core.runs import check_positive, open_run, training_mode
+from ..core.runs import check_number, check_positive, open_run, training_mode
 from ..core.training import seeded
 from ..core.workshop import tell
+from ._checks import check_choice
 from ._fusion import (
     Distributions,
     FusionLossOutput,
@@ -71,7 +72,7 @@ from ._fusion import (
     cv_squared,
 )
 from ._fusion_align import AlignedTopK, Alignment, VocabularyMap, align_distributions
-from ._fusion_store import SourceStore, gathered
+from ._fusion_store import SourceStore, gathered, rows_of
 from ._fusion_trainer import FusionTrainer
 
 __all__ = [
@@ -170,6 +171,7 @@ class FusionX:
         self.warmup, self.weight_decay, self.clip = warmup, weight_decay, clip
         self.save_every, self.seed = save_every, seed
         self.report: dict[str, Any] = {}
+        self._check_values()
 
     def fit(
         self,
@@ -193,14 +195,17 @@ class FusionX:
             The target.
 
         Raises:
-            BadInput: no source, an argument out of range, texts of another form; a checkpoint of another run.
+            BadInput: no source, an argument out of range, texts of another form, `held_out` without a label; a
+                checkpoint of another run.
             TrainingDiverged: the loss became NaN or infinite.
         """
         seed = self.seed if seed is None else seed
         with seeded(seed):
             fusion = self._loss()
         self._check()
-        rows = self._rows(texts, tokenizer)
+        rows = rows_of(texts, tokenizer, self.block)
+        if held_out and not any(label != IGNORED for row in held_out for label in row["labels"][1:]):
+            raise BadInput("held_out", len(held_out), "rows have no label", "give rows with labels, or none")
         identity = {"fusion-x": self._arguments(), "seed": seed, "data": data_identity(rows)}
         folder, last = open_run(scratch, identity, True)
         with contextlib.ExitStack() as stack:
@@ -299,14 +304,23 @@ class FusionX:
             importance=self.importance,
         )  # fmt: skip
 
+    def _check_values(self) -> None:
+        check_choice("rest", self.rest, Rest)
+        check_choice("alignment", self.alignment, Alignment)
+        check_choice("schedule", self.schedule, Schedule)
+        check_number("temperature", self.temperature, remedy="give 1 for the sources' own")
+        check_number("lr", self.lr, remedy="give a positive learning rate")
+        check_number("warmup", self.warmup, zero=True, remedy="give updates, or a share below 1")
+        check_number("weight_decay", self.weight_decay, zero=True, remedy="give 0 for none")
+        if self.clip is not None:
+            check_number("clip", self.clip, zero=True, remedy="give None for no clipping")
+
     def _check(self) -> None:
         """What can be refused before any model is run."""
         check_positive(
             epochs=self.epochs, max_steps=self.max_steps, batch_size=self.batch_size, top_k=self.top_k,
             accumulation=self.accumulation, save_every=self.save_every, block=self.block,
         )  # fmt: skip
-        if not self.lr > 0:
-            raise BadInput("lr", self.lr, "is not positive", "give a positive learning rate")
         if not hasattr(self.target, "save_pretrained"):
             kind = type(self.target).__name__
             raise NotApplicable("target", kind, "is no model of transformers", "use FusionTrainer")
@@ -324,23 +338,6 @@ class FusionX:
             if source is self.target:
                 remedy = "leave it out: include_target counts it"
                 raise BadInput(f"sources[{i}]", "the target", "is trained and cannot stay as it is", remedy)
-
-    def _rows(self, texts: Any, tokenizer: Any) -> list[Any]:
-        if isinstance(texts, (str, os.PathLike)):
-            return text_rows(tokenizer, texts, self.block)
-        rows: list[Any] = []
-        for i, text in enumerate(texts):
-            if isinstance(text, str):
-                ids = tokenizer(text, verbose=False)["input_ids"]
-                pieces = [ids[at : at + self.block] for at in range(0, len(ids), self.block)]
-                rows += [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) > 1]
-            elif isinstance(text, Mapping) and {"input_ids", "labels"} <= set(text):
-                rows.append({name: list(text[name]) for name in ("input_ids", "labels")})
-            else:
-                raise BadInput(f"texts[{i}]", text, "is no text and no row", "give texts, or ids and labels")
-        if not rows:
-            raise BadInput("texts", "[]", "hold no row", "give longer texts")
-        return rows
 
     def _captured(self, rows: list[Any], tokenizer: Any, place: Path) -> list[SourceStore]:
         """What each source says; at most one that was named is in memory at a time."""

@@ -46,6 +46,7 @@ from torch import nn
 from ..core.batches import pad_collator, text_rows
 from ..core.errors import BadInput
 from ..core.lineage import amend_lineage, input_hash
+from ..core.runs import check_positive
 from ._base import by_task
 from ._gptq import gptq
 from ._grafted import GraftedModel
@@ -178,7 +179,11 @@ class GraftLLM:
             **inputs: `texts`: a file of calibration texts, see `core.batches.text_rows`. `prompts`: a file of
                 `{"task": ..., "prompt": ...}` records, where the task may be "base". Without `tasks`, the order in
                 which the others first appear is that of `experts`.
+
+        Raises:
+            BadInput: an argument or a file that cannot be used.
         """
+        check_positive(samples=self.samples, length=self.length)
         if "texts" in inputs and self.calibration is None:
             rows = text_rows(tokenizer, inputs["texts"], self.length)
             rows = rows[:: max(1, len(rows) // self.samples)][: self.samples]

@@ -44,13 +44,14 @@ from torch import Tensor, nn
 from ..core.errors import BadInput
 from ..core.lineage import amend_lineage, input_hash, jsonable
 from ..core.models import load
+from ..core.runs import check_number, check_positive
 from ._base import by_task
 from ._engine import merged_tensors
 from ._exclusives import Exclusives, Rounding, Strategy, product_svd, rank_of, truncated_svd
 from ._methods import StaticMerge
+from ._opening import open_source
 from ._plan import Plan, plan_merge
-from ._router import Router, input_batches, train_router
-from ._sources import open_source
+from ._router import Router, check_training, input_batches, train_router
 from ._twin_model import TwinMergedModel
 
 __all__ = [
@@ -250,6 +251,9 @@ class TwinMerging:
     def _planned(self) -> Plan:
         if self._plan is None:
             self._names()
+            check_training(self.lr, self.epochs, self.batch_size, self.validation, self.seed)
+            check_positive(max_inputs=self.max_inputs)
+            check_number("temperature", self.temperature, remedy="give 1, or less for sharper choices")
             rank_of(self.rank, 1)
             if self.rank_rounding not in ("round", "floor"):
                 raise BadInput("rank_rounding", self.rank_rounding, "is unknown", 'use "round" or "floor"')
