@@ -21,12 +21,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from transfuse.core.batches import text_rows
 from transfuse.core.datasets import dataset_path
 from transfuse.core.lineage import hardware, versions
 from transfuse.core.models import load
 from transfuse.core.training import seeded
 from transfuse.distill import Distiller, LogitStore, prune
-from transfuse.distill._transfer import text_rows
 from transfuse.distill.survey_kd_llm import get
 from transfuse.distill.taid import TAID
 

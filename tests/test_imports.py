@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import pkgutil
+import re
 import resource
 import subprocess
 import sys
@@ -116,3 +119,25 @@ def test_a_missing_extra_is_named():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == 'lancedb is not installed; run: pip install "transfuse[retrieve]"'
+
+
+def test_what_programs_outside_the_package_import_is_there():
+    """Benchmarks, recipes of evidence and scripts, which few runs touch, and the pages' examples."""
+    root, lost = Path(__file__).resolve().parents[1], []
+    programs = [
+        (p, p.read_text()) for d in ("benchmarks", "evidence", "scripts") for p in (root / d).rglob("*.py")
+    ]
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        programs += [
+            (page, block) for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        ]
+    for path, text in programs:
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("transfuse"):
+                continue
+            module = importlib.import_module(node.module)
+            for each in node.names:
+                part = f"{node.module}.{each.name}"
+                if not hasattr(module, each.name) and importlib.util.find_spec(part) is None:
+                    lost.append(f"{path.relative_to(root)}: {part}")
+    assert len(programs) > 60 and not lost
