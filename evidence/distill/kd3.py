@@ -55,7 +55,7 @@ NOTES = (
     "and 92.1 with selection, 87.0 and 92.8 without. Networks with batch norm, SGD at 0.05 and smaller glyphs were "
     "given up on seed 100, where every student stayed near chance. Full, on a CPU (400 updates of 64 images under "
     "bfloat16, a teacher of 12,500 images): 6.9 points over plain distillation on the whole pool, which no part alone "
-    "explains: it loses 0.9 without sharing and 0.8 without selection, and gains 3.0 without alignment, 1.9 without "
+    "explains: it loses 1.5 without sharing and 0.8 without selection, and gains 3.0 without alignment, 1.9 without "
     "the student's say in the selection, 0.4 without contrast. What is kept holds 49 % images of the teacher's classes;"
     " the pool holds 50 %."
 )
