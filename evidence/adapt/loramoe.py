@@ -44,14 +44,21 @@ RULE = {
 }
 SEEDS = {"quick": 3, "full": 3}
 NOTES = (
-    "Quick: one pretrained decoder for all seeds, which draw the halves, the batches and the adapters. Learning rates "
-    "(1e-3 full, 2e-3 adapters) were set before any run. Seed 7, which is not recorded, was run once, with 900 steps "
-    "of pretraining; they were then cut to 500 for time, and `gap`, until then the mean over layers of absolute "
+    "Quick: one pretrained decoder for all seeds, which draw the halves, the batches and the adapters. Learning rates"
+    " (1e-3 full, 2e-3 adapters) were set before any run. Seed 7, which is not recorded, was run once, with 900 steps"
+    " of pretraining; they were then cut to 500 for time, and `gap`, until then the mean over layers of absolute "
     "differences (0.18 without the constraint, 0.09 with it), became the difference of the halves' mean shares, in "
-    "which opposite layers cancel. The third rule asks for the constraint's own limit: with delta = 0.1 its minimum is "
-    "where the first half's share differs by exactly 0.1 between the types, and trained routers end just below. A "
+    "which opposite layers cancel. The third rule asks for the constraint's own limit: with delta = 0.1 its minimum "
+    "is where the first half's share differs by exactly 0.1 between the types, and trained routers end just below. A "
     "larger delta would pass; the rule and the paper's delta stay. A single LoRA keeps the facts as well as LoRAMoE "
-    "does: what separates either from full tuning here is the frozen base."
+    "does: what separates either from full tuning here is the frozen base. Full, on a CPU (144 problems and 16 "
+    "questions twice, 40 updates under bfloat16, all arms at one rate, 2e-4; `gentle` is full tuning at 2e-5): too "
+    "little training for the claim to show. Full tuning forgets 3.3% of the 40 facts known, all adapters and `gentle`"
+    " none, so ten points are not there to be kept. LoRAMoE also learns less than a LoRA of the same size (.705 of "
+    "the task's tokens against .750; untouched .679, full tuning .782). KaSA of that rank on the feed-forward layers "
+    "loses three quarters of the facts (.258 kept), because it drops 32 components of each matrix before any "
+    "training, and 40 updates do not bring them back. The routers' gap of 0.034 shows that they have only begun to "
+    "part. Of the 70 facts asked, the model completes 40 before any training."
 )
 
 SUBJECTS, RELATIONS, OBJECTS, DIGITS = 100, 4, 40, 10
