@@ -14,6 +14,7 @@ from torch import nn
 
 from transfuse.adapt._base import Tuner, is_target, linear_targets, new_kind, read_adapter, register
 from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
+from transfuse.core.loras import changed_base, no_product
 
 __all__ = [
     "BottleneckConfig",
@@ -206,15 +207,6 @@ class BottleneckModel(Tuner):
 register("bottleneck", BottleneckConfig, BottleneckModel)
 
 
-# What makes a LoRA adapter more than B A beside the base's linear layers.
-VARIANTS = (
-    "use_dora", "lora_bias", "alpha_pattern", "kasa_config", "fan_in_fan_out", "alora_invocation_tokens",
-    "trainable_token_indices", "target_parameters", "use_qalora", "use_bdlora", "arrow_config",
-    "monteclora_config", "velora_config",
-)  # fmt: skip
-NEW_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that change the base's weights
-
-
 @dataclass
 class Source:
     """One adapter read as a source.
@@ -239,10 +231,11 @@ def read_source(folder: Any) -> Source:
     """
     config, tensors = read_adapter(folder)
     kind = str(config.get("peft_type", "")).lower()
-    used = [name for name in VARIANTS if config.get(name)]
+    used = [name for name in ("alpha_pattern", "fan_in_fan_out") if config.get(name)]
     used += ["bias"] if config.get("bias", "none") != "none" else []
-    start = config.get("init_lora_weights")
-    used += [f"init_lora_weights={start}"] if str(start).lower().startswith(NEW_BASE) else []
+    more, start = no_product(config), changed_base(config)
+    used += [more[0]] if more else []
+    used += [f"init_lora_weights={start}"] if start else []
     if kind not in ("lora", "bottleneck") or used:
         found = f"is of the kind {kind or 'unknown'}" + (f" with {used[0]}" if used else "")
         raise NotApplicable("sources", str(folder), found, "give plain LoRA or bottleneck adapters")

@@ -222,7 +222,8 @@ class Distiller(SafeTrainer):
         """As `Trainer.evaluate`; tells the policy the loss, if there is one: of several data sets, their mean."""
         found = super().evaluate(*args, **options)
         prefix = options.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        losses = [value for name, value in found.items() if name.endswith("_loss")]
+        several = [value for name, value in found.items() if name.endswith("_loss")]
+        losses = [found["eval_loss"]] if "eval_loss" in found else several
         if (
             self.policy is not None and prefix == "eval" and losses
         ):  # of a set among several, the prefix is longer

@@ -14,18 +14,11 @@ from torch import Tensor
 
 from ..core.errors import BadInput, CorruptFile, IncompatibleModels, NotApplicable
 from ..core.files import hash_state, sha256_json
+from ..core.loras import changed_base, no_product
 from ._sources import CONV1D, Source
 
 __all__ = ["AdapterSource", "peft_source"]
 
-# Initialisations that change the weights under the adapter.
-_NEW_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_NOT_PRODUCTS = {
-    "use_dora": "is a DoRA", "alora_invocation_tokens": "is switched on by tokens",
-    "layer_replication": "repeats layers", "target_parameters": "changes parameters without a layer of their own",
-    "trainable_token_indices": "trains single tokens", "lora_bias": "has biases of its own",
-    "kasa_config": "changed the base at its start",
-}  # fmt: skip
 # Ends of the names of input embeddings that heads are tied to.
 _INPUTS = ("embed_tokens.weight", "wte.weight")
 
@@ -89,11 +82,9 @@ class AdapterSource(Source):
         kind = str(config.get("peft_type", "")).rpartition(".")[2]
         if kind != "LORA":
             raise NotApplicable(label, kind, "is not a LoRA", "merge the adapter into its base first")
-        for key, problem in _NOT_PRODUCTS.items():
-            if config.get(key):
-                raise NotApplicable(label, config[key], problem, "merge the adapter into its base first")
-        start = str(config.get("init_lora_weights", True)).lower()
-        if start.startswith(_NEW_BASE):
+        if (more := no_product(config)) is not None:
+            raise NotApplicable(label, config[more[0]], more[1], "merge the adapter into its base first")
+        if (start := changed_base(config)) is not None:
             raise NotApplicable(
                 label, start, "changed the base at its start", "convert the adapter to a plain LoRA"
             )
