@@ -164,7 +164,9 @@ class Reference:
                 for k in range(len(ids) - count, len(ids)):
                     loss = loss - torch.log_softmax(logits[k - 1], 0)[ids[k]] / (count * len(rows))
             new = torch.log_softmax(self.forward(essence, change=(layer, at, probe))[at], 0)
-            loss = loss + how["kl_factor"] * (old.exp() * (old - new)).sum()
+            p, q = (old, new) if how.get("kl") == "forward" else (new, old)
+            for word in range(len(p)):
+                loss = loss + how["kl_factor"] * p[word].exp() * (p[word] - q[word])
             if loss < how["stop_below"]:
                 break
             (gradient,) = torch.autograd.grad(loss, probe)
@@ -177,31 +179,37 @@ class Reference:
                 delta = delta * how["clamp"] * start.norm() / delta.norm()
         return start, delta, float(loss.detach())
 
-    def key(self, fact, layer):
+    def key(self, fact, layer, share=None):
+        """Mean key; `share` is the bare prompt's weight in it."""
+        rows = self.rows(fact)
+        share = 1 / len(rows) if share is None else share
         total = 0.0
-        for ids, position, _ in self.rows(fact):
+        for number, (ids, position, _) in enumerate(rows):
             trace = {}
             self.forward(ids, trace=trace)
-            total = total + trace[layer][KEY][position]
-        return total / len(self.prefixes)
+            total = (
+                total + (share if not number else (1 - share) / (len(rows) - 1)) * trace[layer][KEY][position]
+            )
+        return total
 
-    def rome(self, fact, layer, how, covariance=True):
+    def rome(self, fact, layer, how, covariance=True, at_prompt=False):
         start, delta, _ = self.value(fact, layer, how)
         key = self.key(fact, layer)
         u = torch.linalg.inv(self.covariance(layer)) @ key if covariance else key
         u = u / u.norm()
         bias = self.weights.get(self.name.format(layer).replace("weight", "bias"), 0.0)
+        key = self.key(fact, layer, 1.0) if at_prompt else key
         gap = start + delta - bias - self.matrix(layer) @ key
         self.add(layer, torch.outer(gap, u) / (u @ key))
 
-    def memit(self, facts, layers, how, lam):
+    def memit(self, facts, layers, how, lam, share=None):
         wanted = []
         for fact in facts:
             start, delta, _ = self.value(fact, layers[-1], how, STATE)
             wanted.append(start + delta)
         moments = [self.covariance(layer) for layer in layers]  # of the unedited model
         for number, layer in enumerate(layers):
-            keys = [self.key(fact, layer) for fact in facts]
+            keys = [self.key(fact, layer, share) for fact in facts]
             total = lam * moments[number]
             for key in keys:
                 total = total + torch.outer(key, key)

@@ -337,11 +337,15 @@ def test_bad_arguments_come_before_any_work(tiny_lm, tiny_tokenizer, monkeypatch
         ({"method": "ft-n"}, "ft-m"),
         ({"layer": 1}, "beside an editor"),
         ({"method": "ft-m", "layer": 99}, "layer"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"answer_tokens": 2.5}, "answer_tokens = 2.5"),
+        ({"generated_tokens": -1}, "generated_tokens = -1"),
     ):
         with pytest.raises(BadInput, match=named):
             evaluate_edits(model, tiny_tokenizer, FACTS, **make(**arguments))
     for fact, named in (
         (Fact("a", "a is", ""), "target"),
+        ({"subject": "a", "prompt": "a is"}, "target"),
         (Fact("a", "a is", "b", neighbour_answers=("c",)), "neighbour_answers.*are 1 for 0 neighbours"),
     ):
         for method in (make()["method"], None):
@@ -355,7 +359,7 @@ def test_an_error_midway_leaves_the_model(tiny_lm, tiny_tokenizer):
 
     class Failing(FTM):
         def fit(self, model, tokenizer, facts):
-            if facts[0] is FACTS[1]:
+            if facts[0] == FACTS[1]:
                 raise TrainingDiverged("no")
             return super().fit(model, tokenizer, facts)
 

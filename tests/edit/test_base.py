@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import peft
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from transfuse.core.errors import BadInput, CorruptFile, IncompatibleModels
 from transfuse.core.files import read_tensors, write_tensors
 from transfuse.core.models import fingerprint
 from transfuse.edit import edit, editor, load_edit, transfer
-from transfuse.edit._base import Edit, EditHandle, PromptEdit, WeightEdit, check_facts, editable
+from transfuse.edit._base import Edit, EditHandle, Editor, PromptEdit, WeightEdit, check_facts, editable
 from transfuse.edit._layers import block_name, down_projection
 from transfuse.edit.ft_m import FTM
 
@@ -78,6 +80,71 @@ def test_foreign_edits_change_nothing(tiny_lm):
         assert fingerprint(model) == before
 
 
+def test_edits_on_one_weight_come_off_in_reverse(tiny_lm, tiny_tokenizer):
+    """The lower of two handles refuses to be rolled back first, and can be afterwards."""
+    model = tiny_lm("llama")
+    before = fingerprint(model)
+    low, high = (edit(model, tiny_tokenizer, FACT, method="ft-m", steps=1, layer=1) for _ in range(2))
+    other = edit(model, tiny_tokenizer, FACT, method="ft-m", steps=1, layer=2)
+    both = fingerprint(model)
+    with pytest.raises(BadInput, match="later edits on top of it; roll those back first"):
+        low.rollback()
+    assert low.active and fingerprint(model) == both
+    for handle in (high, low, other):
+        handle.rollback()
+    assert fingerprint(model) == before
+    kept = edit(model, tiny_tokenizer, FACT, method="ft-m", steps=1, layer=1)
+    edit(model, tiny_tokenizer, FACT, method="ft-m", steps=1, layer=1)  # nobody can undo this one any more
+    kept.rollback()
+    assert fingerprint(model) == before
+
+
+def test_an_edit_is_in_one_place_at_a_time(tiny_lm):
+    one, two = tiny_lm("llama"), tiny_lm("llama", seed=1)
+    before = fingerprint(one), fingerprint(two)
+    change = WeightEdit(replaced={DOWN: noise(32, 96)})
+    change.attach(one)
+    for model in (one, two):
+        with pytest.raises(BadInput, match="is in place already"):
+            change.attach(model)
+    change.detach(one)
+    assert (fingerprint(one), fingerprint(two)) == before
+    change.attach(two)
+    change.detach(two)
+    assert fingerprint(two) == before[1]
+
+
+def test_a_failure_halfway_changes_nothing(tiny_lm):
+    model = tiny_lm("llama")
+    before = fingerprint(model)
+    with torch.inference_mode():  # a tensor that nothing outside may change
+        frozen = torch.nn.Parameter(torch.zeros(32, 96), requires_grad=False)
+    model.model.layers[2].mlp.down_proj.weight = frozen
+    mixed = fingerprint(model)
+    change = WeightEdit(replaced={DOWN: noise(32, 96), DOWN.replace("1", "2"): noise(32, 96)})
+    with pytest.raises(RuntimeError, match=r"[Ii]nference"):
+        change.attach(model)
+    assert fingerprint(model) == mixed != before
+    model.model.layers[2].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 96))
+    change.attach(model)  # it is free to be applied again
+
+
+def test_weights_wrapped_by_an_adapter_since_are_still_put_back(tiny_lm, tiny_tokenizer):
+    model = tiny_lm("llama")
+    old = model.get_parameter(DOWN).detach().clone()
+    handle = edit(model, tiny_tokenizer, FACT, method="ft-m", steps=1, layer=1)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
+    handle.rollback()
+    assert torch.equal(model.model.layers[1].mlp.down_proj.base_layer.weight, old)
+    with pytest.raises(BadInput, match=r"wrapped by an adapter; merge .*base_layer"):
+        edit(model, tiny_tokenizer, FACT, method="ft-m", layer=1)
+    with edit(
+        model, tiny_tokenizer, FACT, method="ft-m", steps=1, layer=1, module="mlp.down_proj.base_layer"
+    ):
+        assert not torch.equal(model.model.layers[1].mlp.down_proj.base_layer.weight, old)
+    assert torch.equal(model.model.layers[1].mlp.down_proj.base_layer.weight, old)
+
+
 def test_stored_and_restored(tmp_path):
     low = {DOWN: (noise(32, 2), noise(2, 96))}
     new = {"a.b::c": noise(3)}
@@ -137,6 +204,24 @@ def test_edits_are_undone_in_reverse_and_once(tiny_lm, tiny_tokenizer):
     assert handle.rewrite("p") == "p"
 
 
+def test_what_is_added_after_a_rollback_is_rolled_back_too(tiny_lm, tiny_tokenizer):
+    change = Suffix("a")
+    handle = EditHandle(tiny_lm("llama"), tiny_tokenizer, method="x")
+    handle.rollback()
+    handle.add(change)
+    assert handle.active
+    handle.rollback()
+    assert change.place == ["on", "off"] and not handle.active
+
+
+def test_inside_inference_mode(tiny_lm, tiny_tokenizer):
+    model = tiny_lm("llama")
+    before = fingerprint(model)
+    with torch.inference_mode(), edit(model, tiny_tokenizer, FACT, method="ft-m", steps=1, layer=1):
+        assert fingerprint(model) != before
+    assert fingerprint(model) == before
+
+
 def test_context_manager_rolls_back_on_error(tiny_lm, tiny_tokenizer):
     change = Suffix("a")
     with pytest.raises(KeyError), EditHandle(tiny_lm("llama"), tiny_tokenizer, method="x") as handle:
@@ -189,6 +274,29 @@ def test_saving(tiny_lm, tiny_tokenizer, tmp_path):
     assert not (tmp_path / "late").exists()
 
 
+def test_an_editor_of_ones_own_is_saved_and_loaded(tiny_lm, tiny_tokenizer, tmp_path):
+    """Its kind of edit is known: it need not be a method of the catalogue."""
+
+    class Zero(Editor):
+        def fit(self, model, tokenizer, facts):
+            return WeightEdit(replaced={DOWN: torch.zeros(32, 96)})
+
+    model = tiny_lm("llama")
+    with edit(model, tiny_tokenizer, FACT, method=Zero()) as handle:
+        folder = handle.save(tmp_path / "delta")
+    with load_edit(folder, model, tiny_tokenizer):
+        assert not model.get_parameter(DOWN).any()
+
+
+def test_transfer_checks_the_folder_before_any_work(tiny_lm, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(FTM, "fit", lambda *_: pytest.fail("the model was edited"))
+    (tmp_path / "out").write_text("")
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(json.dumps({"subject": "Spain", "prompt": FACT.prompt, "target": "Quenby"}))
+    with pytest.raises(BadInput, match=r"output.*is not a folder"):
+        transfer(tiny_lm("llama"), tiny_tokenizer, facts=facts, method=FTM(), output=tmp_path / "out")
+
+
 def test_transfer_writes_the_delta_and_restores(tiny_lm, tiny_tokenizer, tmp_path):
     model = tiny_lm("llama")
     before = fingerprint(model)
@@ -215,6 +323,24 @@ def test_folders_that_hold_no_edit(tiny_lm, tiny_tokenizer, tmp_path):
         load_edit(folder, model, tiny_tokenizer)
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_folder_that_lost_an_edit(tiny_lm, tiny_tokenizer, tmp_path, lost):
+    model = tiny_lm("llama")
+    other = Fact("France", "The capital of France is", "Madrid")
+    with edit(
+        model, tiny_tokenizer, [FACT, other], method=FTM(steps=1, layer=1), mode="sequential"
+    ) as handle:
+        folder = handle.save(tmp_path / "delta")
+    before = fingerprint(model)
+    (folder / f"edit-{lost:05d}.safetensors").unlink()
+    with pytest.raises(CorruptFile, match="does not hold all of its edits"):
+        load_edit(folder, model, tiny_tokenizer)
+    write_tensors(folder / f"edit-{lost:05d}.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(CorruptFile, match=f"edit-{lost:05d}.* is not an edit's"):
+        load_edit(folder, model, tiny_tokenizer)
+    assert fingerprint(model) == before
+
+
 # --- what is refused -------------------------------------------------------------------------------------------
 
 
@@ -226,6 +352,13 @@ def test_methods_modes_and_arguments(tiny_lm, tiny_tokenizer):
         ({"method": "ft-m", "mode": "all"}, "mode"),
         ({"method": "ft-m", "learning_rate": 1}, "learning_rate.*lr"),
         ({"method": FTM(), "lr": 1}, "beside an editor"),
+        ({"method": FTM}, "neither a slug nor an editor"),
+        ({"method": "ft-m", "steps": 2.5}, "steps = 2.5 .* whole number"),
+        ({"method": "rome", "prefixes": 2.5}, "prefixes = 2.5"),
+        ({"method": "memit", "batch_size": 1.5}, "batch_size = 1.5"),
+        ({"method": "lora", "rank": 2.5}, "rank = 2.5"),
+        ({"method": "grace", "seed": 1.5}, "seed = 1.5"),
+        ({"method": "ike", "k": 1.5}, "k = 1.5"),
     ):
         with pytest.raises(BadInput, match=problem):
             edit(model, tiny_tokenizer, FACT, **arguments)
@@ -257,6 +390,24 @@ def test_weights_that_cannot_be_edited(tiny_lm):
     )
     with pytest.raises(BadInput, match=r"quantized \(torch.int8\)"):
         editable(model, "codes")
+
+
+def test_packed_weights(tiny_lm, tiny_tokenizer):
+    """Quantized by a module without a weight matrix, as HQQ's."""
+
+    class Packed(torch.nn.Module):
+        pass
+
+    model = tiny_lm("llama")
+    model.model.layers[1].mlp.down_proj = Packed()
+    with pytest.raises(BadInput, match="is a Packed without a weight matrix; load the model unquantized"):
+        edit(model, tiny_tokenizer, FACT, method="ft-m", layer=1)
+
+
+def test_numpy_numbers_are_numbers(tiny_lm, tiny_tokenizer):
+    how = {"steps": np.int64(1), "layer": np.int64(1), "lr": np.float32(1e-3)}
+    with edit(tiny_lm("llama"), tiny_tokenizer, FACT, method="ft-m", **how) as handle:
+        assert list(handle.edits[0].replaced) == [DOWN]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma3"])

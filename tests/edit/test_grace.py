@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from edit.test_ft_m import FACTS, exact, sure
+from transformers import DynamicCache
 
 from transfuse.core.data import Fact
 from transfuse.core.errors import BadInput, IncompatibleModels
@@ -285,6 +286,42 @@ def test_a_cache_the_model_made_itself(edited, tiny_tokenizer):
     handle = edited[3]
     handle.rollback()
     assert torch.equal(lone, model(torch.tensor([[target[0]]])).logits)
+
+
+@torch.no_grad()
+def test_caches_that_are_shared_copied_cut_and_repeated(edited, tiny_tokenizer):
+    """Every pass goes on from what its own cache holds, whatever ran in between."""
+    model, *_ = edited
+    prompt, target = encode_pair(tiny_tokenizer, FACTS[0].prompt, FACTS[0].target)
+    head, rest, other = prompt[:2], prompt[2:], [7, 8, 9]
+
+    def run(ids, cache, rows=1):
+        return model(torch.tensor([ids] * rows), past_key_values=cache, use_cache=True).logits[:, -1]
+
+    def agrees(found, *parts):
+        whole = (
+            model(torch.tensor([[token for part in parts for token in part]]))
+            .logits[:, -1]
+            .expand(len(found), -1)
+        )
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
+
+    prefix, met = DynamicCache(), DynamicCache()
+    run(head, prefix)
+    one, two = copy.deepcopy(prefix), copy.deepcopy(prefix)  # a prefix shared by two questions
+    agrees(run(rest, one), prompt)
+    agrees(run(other, two), head, other)
+    run(prompt, met)
+    copied, repeated, cut = (copy.deepcopy(met) for _ in range(3))
+    run(other, DynamicCache())
+    agrees(run(target, copied), prompt, target)
+    repeated.batch_repeat_interleave(3)
+    agrees(run(target, repeated, rows=3), prompt, target)
+    cut.crop(-len(rest))
+    agrees(run(other, cut), head, other)
+    ours = model(torch.tensor([prompt]), use_cache=True).past_key_values  # two that the model made itself
+    model(torch.tensor([[5] * len(prompt)]), use_cache=True)
+    agrees(run(target, ours), prompt, target)
 
 
 def test_several_edits_in_one_text(edited, tiny_tokenizer):

@@ -128,6 +128,28 @@ def test_pool_is_encoded_once(tiny_lm, tiny_tokenizer, words):
     assert len(words) == len(demonstrations(POOL)) + 2
 
 
+def test_the_pool_follows_the_editor(tiny_lm, tiny_tokenizer, words):
+    """Neither what was left out nor other facts' demonstrations are used again."""
+    model, editor = tiny_lm("llama"), IKE(demonstrations=POOL, k=0)
+    assert editor.fit(model, tiny_tokenizer, FACTS[:1]).told[0].shown == [] and words == []
+    editor.k = 1
+    assert len(editor.fit(model, tiny_tokenizer, FACTS[:1]).told[0].shown) == 1
+    editor.demonstrations, editor.k = POOL[1:2], 16
+    shown = editor.fit(model, tiny_tokenizer, FACTS[:1]).told[0].shown
+    assert sorted(shown) == sorted(demonstrations(POOL[1:2]))
+
+
+def test_each_of_two_handles_rewrites(tiny_lm, tiny_tokenizer, words):
+    model, question = tiny_lm("llama"), "Now who is mayor of Port Ellery"
+    wanted = new_fact_prompt(FACTS[0].prompt, "Oskar Tveld", question)
+    first = edit(model, tiny_tokenizer, FACTS[:1], method="ike")
+    second = edit(model, tiny_tokenizer, FACTS[1:], method="ike")
+    assert first.rewrite(question) == second.rewrite(question) == wanted
+    first.rollback()
+    assert first.rewrite(question) == question
+    assert second.rewrite(question) == new_fact_prompt(FACTS[1].prompt, FACTS[1].target, question)
+
+
 def test_a_file_of_demonstrations_and_storage(tiny_lm, tiny_tokenizer, words, tmp_path):
     rows = [{"subject": f.subject, "prompt": f.prompt, "target": f.target} for f in POOL[:2]]
     path = tmp_path / "pool.jsonl"

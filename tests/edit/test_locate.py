@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from edit.test_architectures import build
 
 from transfuse.core.data import Fact
 from transfuse.core.errors import BadInput
 from transfuse.core.taps import decoder_layers
 from transfuse.core.training import generator
 from transfuse.edit import _locate, locate
+from transfuse.edit._layers import down_projection
 
 FACTS = [
     Fact("Port Ellery", "The mayor of Port Ellery is", "Oskar"),
@@ -32,10 +34,16 @@ def knows(monkeypatch):
     return set_
 
 
+def _rows(out):
+    """A module's output as `[1, T, width]`."""
+    first = out[0] if isinstance(out, tuple) else out
+    return first.view(1, -1, first.shape[-1])
+
+
 def slowly(model, tokenizer, facts, *, kind, window, noise, samples, seed):
     """Row by row: corrupt, restore, read off the answer's probability."""
     blocks = decoder_layers(model)
-    names = [f"{b}.{'mlp.c_proj' if 'transformer' in b else 'mlp.down_proj'}" for b in blocks]
+    names = [down_projection(model, i) for i in range(len(blocks))]
     places = [model.get_submodule(n) for n in (names if kind == "mlp" else blocks)]
     rows = []
     for fact, span in zip(facts, SPANS, strict=True):
@@ -61,7 +69,7 @@ def slowly(model, tokenizer, facts, *, kind, window, noise, samples, seed):
         clean = {}
 
         def keep(i, clean=clean, end=end):
-            return lambda m, a, out: clean.__setitem__(i, out[0, end - 1].clone())
+            return lambda m, a, out: clean.__setitem__(i, _rows(out)[0, end - 1].clone())
 
         whole = run(ids, count, [(m, keep(i)) for i, m in enumerate(places)])
         all_noise = torch.randn(samples, end - begin, table.weight.shape[1], generator=random)
@@ -77,9 +85,9 @@ def slowly(model, tokenizer, facts, *, kind, window, noise, samples, seed):
 
                 def put(i, clean=clean, end=end):
                     def hook(m, a, out):
-                        out = out.clone()
-                        out[0, end - 1] = clean[i]
-                        return out
+                        new = _rows(out).clone()
+                        new[0, end - 1] = clean[i]
+                        return (new, *out[1:]) if isinstance(out, tuple) else new.view(out.shape)
 
                     return hook
 
@@ -93,10 +101,10 @@ def slowly(model, tokenizer, facts, *, kind, window, noise, samples, seed):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "window"), [("mlp", 1), ("mlp", 2), ("mlp", 3), ("mlp", 4), ("hidden", 1)])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon", "opt"])
 def test_agrees_with_one_pass_at_a_time(tiny_lm, tiny_tokenizer, knows, architecture, kind, window):
     knows()
-    model = tiny_lm(architecture)
+    model = tiny_lm(architecture) if architecture in ("llama", "gpt2") else build(architecture, layers=4)
     how = {"kind": kind, "window": window, "noise": 2.0, "samples": 2, "seed": 4}
     wanted = slowly(model, tiny_tokenizer, FACTS, **how)
     assert max(map(abs, wanted)) > 1e-5
@@ -106,6 +114,13 @@ def test_agrees_with_one_pass_at_a_time(tiny_lm, tiny_tokenizer, knows, architec
         assert found.total == pytest.approx(wanted[-1], abs=1e-6, rel=1e-3)
     assert (found.used, found.skipped) == (3, 0)
     assert found.best == max(range(4), key=lambda i: wanted[i])
+
+
+def test_all_bytes_of_the_subject_are_corrupted(tiny_tokenizer):
+    """A first character of two bytes, each a token of its own."""
+    ids, first, last, answer = _locate._encode(tiny_tokenizer, Fact("Žižka", "Now Žižka", "fought"), "fought")
+    assert tiny_tokenizer.decode(ids[first : last + 1]).strip() == "Žižka"
+    assert tiny_tokenizer.decode(answer) == " fought"
 
 
 def test_unknown_facts_are_counted_and_hooks_are_gone(tiny_lm, tiny_tokenizer, knows):
@@ -125,6 +140,7 @@ def test_unknown_facts_are_counted_and_hooks_are_gone(tiny_lm, tiny_tokenizer, k
         ({"kind": "attention"}, "kind = 'attention'"),
         ({"window": 0}, "window = 0"),
         ({"samples": 0}, "samples = 0"),
+        ({"samples": 2.5}, "samples = 2.5 .* whole number"),
         ({"noise": 0.0}, "noise = 0.0"),
         ({"module": "mlp.none"}, "module = 'mlp.none'"),
     ],

@@ -11,6 +11,7 @@ from edit.test_ft_m import FACTS, sure
 
 from transfuse.core.errors import BadInput, IncompatibleModels
 from transfuse.core.generate import encode_pair, target_matches, target_nll
+from transfuse.core.models import fingerprint
 from transfuse.core.training import seeded
 from transfuse.edit import edit
 from transfuse.edit.lora import LoRA, LoraEdit
@@ -157,6 +158,31 @@ def test_adapters_add_up_and_come_off_one_by_one(tiny_lm, tiny_tokenizer):
     assert torch.equal(model(ids()).logits, plain)
     assert [name for name, _ in model.named_modules()] == names
     assert not hasattr(model, "peft_config")
+
+
+def test_attaching_draws_no_random_numbers(tiny_lm, tiny_tokenizer):
+    model = tiny_lm("llama")
+    editor, facts = make(steps=1)
+    state = torch.get_rng_state()
+    with edit(model, tiny_tokenizer, facts, method=editor):
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("state", ["merged", "switched off"])
+def test_adapters_that_do_not_run_are_refused_and_stay(tiny_lm, tiny_tokenizer, state):
+    """PEFT would unmerge them for good; ours would be off beside adapters that are."""
+    model = tiny_lm("llama")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    own = peft.get_peft_model(model, config)
+    editor, facts = make(steps=1)
+    made = editor.fit(model, tiny_tokenizer, facts)
+    own.merge_adapter() if state == "merged" else own.base_model.disable_adapter_layers()
+    before = fingerprint(model)
+    with pytest.raises(BadInput, match=f"adapters that are {state}"):
+        edit(model, tiny_tokenizer, facts, method=editor)
+    with pytest.raises(BadInput, match=f"adapters that are {state}"):
+        made.attach(model)
+    assert fingerprint(model) == before
 
 
 def test_half_precision_keeps_the_adapter_in_float32(tiny_lm, tiny_tokenizer):

@@ -13,8 +13,9 @@ from transfuse.core.generate import generate_texts, target_matches
 from transfuse.core.taps import decoder_layers
 from transfuse.core.tensors import Factor
 from transfuse.edit import _statistics, edit, load_edit
+from transfuse.edit._objective import Objective
 from transfuse.edit._sites import find_sites
-from transfuse.edit._values import Objective, editing, search
+from transfuse.edit._values import editing, search
 from transfuse.edit.memit import MEMIT, memit_update
 
 FACTS = [
@@ -97,14 +98,16 @@ def test_update_does_not_depend_on_the_order_and_counts_repeated_keys():
         memit_update(keys, residual, c, -1.0)
 
 
+@pytest.mark.parametrize("variant", [{}, {"kl": "forward"}, {"prompt_share": 0.5}])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_agrees_with_the_float64_loops(tiny_lm, tiny_tokenizer, architecture):
+def test_agrees_with_the_float64_loops(tiny_lm, tiny_tokenizer, architecture, variant):
     model = exact(tiny_lm(architecture, layers=3))
     reference = Reference(model, tiny_tokenizer, PREFIXES, SENTENCES, ridge=0.05)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    editor, facts = make()
+    heavy = {**HOW, "kl_factor": 2.0}  # so that its direction shows
+    editor, facts = make(**{**heavy, **variant})
     editor.fit(model, tiny_tokenizer, facts).attach(model)
-    reference.memit(facts, [0, 1], HOW, 30.0)
+    reference.memit(facts, [0, 1], {**heavy, **variant}, 30.0, variant.get("prompt_share"))
     for layer in (0, 1):
         name = reference.name.format(layer)
         change = (reference.weights[name] - before[name]).abs().max()
@@ -318,6 +321,7 @@ def test_layers_by_depth_and_default_weight_grow_with_the_model(tiny_lm):
         ({"layers": [1, 7]}, "layer = 7 is not a block"),
         ({"layers": [2, 3]}, "layer = 3 is the last block"),
         ({"lam": -1.0}, "lam = -1.0"),
+        ({"prompt_share": 1.5}, "prompt_share = 1.5 is no share"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"module": "mlp"}, "module = 'mlp'"),
         ({"lr": -0.5}, "lr = -0.5"),

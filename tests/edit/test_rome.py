@@ -13,10 +13,11 @@ from transfuse.core.generate import generate_texts, target_matches
 from transfuse.core.taps import capture
 from transfuse.core.tensors import Factor
 from transfuse.edit import _statistics, edit, load_edit
-from transfuse.edit._contexts import rows_of, subject_token
+from transfuse.edit._contexts import rows_of, subject_end, subject_token
 from transfuse.edit._layers import down_projection
+from transfuse.edit._objective import Objective
 from transfuse.edit._sites import find_sites
-from transfuse.edit._values import Objective, editing, search
+from transfuse.edit._values import editing, search
 from transfuse.edit.rome import ROME, rome_update
 
 FACT = Fact("Port Ellery", "The mayor of Port Ellery is", "Oskar Tveld")
@@ -76,17 +77,21 @@ def test_update_refuses_a_zero_key():
         rome_update(torch.zeros(2, 3), torch.zeros(3), torch.zeros(2))
 
 
-@pytest.mark.parametrize("covariance", [True, False])
+@pytest.mark.parametrize(
+    ("covariance", "variant"),
+    [(True, {}), (False, {}), (True, {"kl": "forward"}), (True, {"at_prompt": True})],
+)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_agrees_with_the_float64_loops(tiny_lm, tiny_tokenizer, architecture, covariance):
+def test_agrees_with_the_float64_loops(tiny_lm, tiny_tokenizer, architecture, covariance, variant):
     model = exact(tiny_lm(architecture, layers=3))
     reference = Reference(model, tiny_tokenizer, PREFIXES, SENTENCES, ridge=0.05)
     ids = tiny_tokenizer(FACT.prompt)["input_ids"]
     assert torch.allclose(model(torch.tensor([ids])).logits[0], reference.forward(ids), atol=1e-5)
     before = weights(model).clone()
-    editor, facts = make(statistics=SENTENCES if covariance else None)
+    heavy = {**HOW, "kl_factor": 2.0}  # so that its direction shows
+    editor, facts = make(statistics=SENTENCES if covariance else None, **{**heavy, **variant})
     editor.fit(model, tiny_tokenizer, facts).attach(model)
-    reference.rome(FACT, 1, HOW, covariance)
+    reference.rome(FACT, 1, {**heavy, **variant}, covariance, variant.get("at_prompt", False))
     wanted = reference.weights[reference.name.format(1)]
     change = (wanted - before).abs().max()
     assert change > 1e-2  # there is something to compare
@@ -182,6 +187,7 @@ def test_rows_padded_together_give_what_each_gives_alone(tiny_lm, tiny_tokenizer
         ("The café Zoë's owner is", "Zoë"),  # bytes of several tokens, and a suffix
         ("Ask about Varro", "Varro"),  # at the very end
         ("a a a a", "a"),
+        ("Varro's C++ is C+", "C+"),
     ],
 )
 def test_the_subject_token_is_the_last_of_its_last_occurrence(tiny_tokenizer, prompt, subject):
@@ -193,6 +199,19 @@ def test_the_subject_token_is_the_last_of_its_last_occurrence(tiny_tokenizer, pr
         assert not tiny_tokenizer.decode(row.ids[: row.position]).startswith(text[:stop])
         assert tiny_tokenizer.decode(row.ids + row.answer[-1:]) == f"{text} Ines"
         assert tiny_tokenizer.decode(row.answer) == " Ines"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "before"),
+    [
+        ("The Ostrin of the Ostrinian plain is", "Ostrin", "The Ostrin"),  # not within a longer word
+        ("Quenby, then Quenbyshire and NewQuenby", "Quenby", "Quenby"),
+        ("The Ostrinian plain is", "Ostrin", "The Ostrin"),  # unless there is no other place
+        ("the a a a of", "a a", "the a a a"),  # places may overlap
+    ],
+)
+def test_a_subject_is_looked_for_as_a_word_of_its_own(prompt, subject, before):
+    assert prompt[: subject_end(Fact(subject, prompt, "x"))] == before
 
 
 def test_subject_token_needs_offsets_and_matching_tokens(tiny_tokenizer):
@@ -247,6 +266,22 @@ def test_same_seed_same_edit_and_statistics_are_kept_in_a_run_of_edits(tiny_lm, 
     assert len(calls) == 1
 
 
+def test_other_settings_of_the_same_editor_count(tiny_lm, tiny_tokenizer):
+    """What was taken from the model under the old ones is not used again."""
+    model = tiny_lm("llama")
+    editor, _ = make()
+    editor.fit(model, tiny_tokenizer, [FACT])
+    for name, value in {"statistics": SENTENCES[:2], "tokens": 100, "ridge": 0.2, "prefixes": 1}.items():
+        setattr(editor, name, value)
+        fresh = ROME(**{key: part for key, part in vars(editor).items() if not key.startswith("_")})
+        ours, wanted = (each.fit(model, tiny_tokenizer, [FACT]).tensors() for each in (editor, fresh))
+        assert all(torch.equal(ours[key], wanted[key]) for key in wanted), name
+    model.bfloat16()
+    fresh = ROME(**{key: part for key, part in vars(editor).items() if not key.startswith("_")})
+    ours, wanted = (each.fit(model, tiny_tokenizer, [FACT]).tensors() for each in (editor, fresh))
+    assert all(torch.equal(ours[key], wanted[key]) for key in wanted), "dtype"
+
+
 def test_the_clamp_holds_and_a_finished_search_stops(tiny_lm, tiny_tokenizer):
     model = tiny_lm("llama")
     (site,) = find_sites(model, [1])
@@ -271,6 +306,7 @@ def test_the_clamp_holds_and_a_finished_search_stops(tiny_lm, tiny_tokenizer):
         ({"layer": -1}, "layer = -1"),
         ({"layer": 3}, "layer = 3 is the last block"),
         ({"module": "mlp.nothing"}, "module = 'mlp.nothing'"),
+        ({"kl": "both"}, "kl = 'both' is unknown"),
         ({"lr": 0.0}, "lr = 0.0"),
         ({"lr": float("nan")}, "lr = nan"),
         ({"steps": 0}, "steps = 0"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import SENTENCES
+from tokenizers import pre_tokenizers
 
 from transfuse.core.errors import BadInput, CorruptFile
 from transfuse.core.taps import capture, decoder_layers
@@ -110,6 +113,18 @@ def test_the_cache_is_used_extended_and_mended(tiny_lm, tiny_tokenizer, cache, m
     assert asked[7:] == [[1]] and torch.equal(mended[1].matrix, other[1].matrix)
     run([1], cache=False)
     assert asked[8:] == [[1]]
+
+
+def test_another_tokenizer_is_another_text(tiny_lm, tiny_tokenizer):
+    model, other = tiny_lm("llama"), copy.deepcopy(tiny_tokenizer)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    covariance(model, tiny_tokenizer, [1], text=SENTENCES)
+    kept = covariance(model, other, [1], text=SENTENCES)[1]
+    assert torch.equal(kept.matrix, covariance(model, other, [1], text=SENTENCES, cache=False)[1].matrix)
+    other.bos_token = "?"  # what the model's own text begins with
+    covariance(model, tiny_tokenizer, [1], tokens=100)
+    kept = covariance(model, other, [1], tokens=100)[1]
+    assert torch.equal(kept.matrix, covariance(model, other, [1], tokens=100, cache=False)[1].matrix)
 
 
 def test_text_by_the_model_itself_is_repeatable_and_leaves_no_trace(tiny_lm, tiny_tokenizer):

@@ -46,6 +46,7 @@ from ..core.data import Fact, read_facts, read_rows
 from ..core.errors import BadInput
 from ..core.generate import generate_texts, predicted_tokens, target_matches
 from ..core.metrics import fluency, normalise_answer
+from ..core.runs import check_positive
 from ..edit import editor
 from ..edit._base import EditHandle, Editor, check_facts
 from ._base import Evaluation, Interval, summarise
@@ -173,7 +174,7 @@ def reply_success(
 def evaluate_edits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[Fact],
+    facts: str | os.PathLike[str] | Sequence[Any],
     *,
     method: str | Editor | None,
     mode: str = "single",
@@ -187,7 +188,7 @@ def evaluate_edits(
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        facts: Records, from `read_records` or `core.data.read_facts`.
+        facts: Records, or what `read_records` takes.
         method: An editor's slug, an editor, or None for the unedited model.
         mode: "single", "sequential" or "batch".
         answer_tokens: Length of the model's own answers, in tokens: for neighbours whose answer no record tells.
@@ -202,7 +203,6 @@ def evaluate_edits(
     Raises:
         BadInput: wrong facts, method, mode or hyperparameters; nothing was done.
     """
-    facts = list(facts)
     if mode not in MODES:
         raise BadInput("mode", mode, "is unknown", f"use {', '.join(MODES)}")
     worker = editor(method, **hparams) if isinstance(method, str) else method
@@ -210,6 +210,10 @@ def evaluate_edits(
         raise BadInput(
             "hparams", sorted(hparams), "are given beside an editor object", "give them to the editor"
         )
+    check_positive(
+        answer_tokens=answer_tokens, generated_tokens=generated_tokens or None, batch_size=batch_size
+    )
+    facts = read_records(facts)
     check_facts(facts) if worker is None else worker.check(model, tokenizer, facts)
     scorer = _Scorer(model, tokenizer, facts, answer_tokens, generated_tokens, batch_size)
     if worker is None:

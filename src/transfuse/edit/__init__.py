@@ -79,10 +79,12 @@ def edit(
         BadInput: wrong facts, method, mode or hyperparameters; nothing was changed.
         TrainingDiverged: a loss became NaN; the model is as before.
     """
+    import torch
+
     from ..core.data import Fact, read_facts
     from ..core.errors import BadInput
     from ..core.models import fingerprint
-    from ._base import EditHandle
+    from ._base import EditHandle, Editor
 
     if mode not in ("batch", "sequential"):
         raise BadInput("mode", mode, "is unknown", 'use "batch" or "sequential"')
@@ -92,6 +94,8 @@ def edit(
         raise BadInput(
             "hparams", sorted(hparams), "are given beside an editor object", "give them to the editor"
         )
+    elif not isinstance(method, Editor):
+        raise BadInput("method", method, "is neither a slug nor an editor", 'give "rome", or ROME(...)')
     else:
         slug, worker = type(method).__module__.rpartition(".")[2].replace("_", "-"), method
     chosen: Sequence[Fact] = read_facts([facts] if isinstance(facts, Fact) else facts)
@@ -102,8 +106,9 @@ def edit(
     )
     groups = [list(chosen)] if mode == "batch" and worker.batched else [[fact] for fact in chosen]
     try:
-        for group in groups:
-            handle.add(worker.fit(model, tokenizer, group))
+        with torch.inference_mode(False):  # where the caller is inside it, nothing could be trained
+            for group in groups:
+                handle.add(worker.fit(model, tokenizer, group))
     except BaseException:
         handle.rollback()
         raise
@@ -117,11 +122,11 @@ def load_edit(
 
     Raises:
         BadInput: the folder holds no edit.
-        CorruptFile: a file is truncated or not safetensors.
+        CorruptFile: a file is missing, truncated, not safetensors, or not an edit's.
         IncompatibleModels: `model` is not the base the edit was made on.
     """
     from ..core.data import read_facts
-    from ..core.errors import BadInput, IncompatibleModels
+    from ..core.errors import BadInput, CorruptFile, IncompatibleModels
     from ..core.files import read_tensors
     from ..core.lineage import read_lineage
     from ..core.models import fingerprint
@@ -134,6 +139,13 @@ def load_edit(
     lineage = read_lineage(path)
     base = fingerprint(model)
     stored = [read_tensors(file) for file in files]
+    for number, (file, (_, header)) in enumerate(zip(files, stored, strict=True)):
+        if not {"kind", "meta", "base"} <= header.keys():
+            raise CorruptFile(
+                "folder", str(file), "is not an edit's", "give a folder written by EditHandle.save"
+            )
+        if file.name != f"edit-{number:05d}.safetensors" or header.get("of", len(files)) != len(files):
+            raise CorruptFile("folder", str(path), "does not hold all of its edits", "copy or save it again")
     made_on = stored[0][1]["base"]
     if made_on != base:
         raise IncompatibleModels(
@@ -145,7 +157,8 @@ def load_edit(
     )  # fmt: skip
     from .. import catalogue
 
-    catalogue.get(lineage["method"])  # importing the editor registers its kind of edit
+    if any(header["kind"] not in Edit.kinds for _, header in stored):
+        catalogue.get(lineage["method"])  # importing the editor registers its kind of edit
     try:
         for tensors, header in stored:
             handle.add(Edit.kinds[header["kind"]].restore(tensors, header["meta"]))
@@ -165,5 +178,8 @@ def transfer(
     mode: str = "batch",
 ) -> Path:
     """What `transfuse run` does with an editor: edit, save the delta to `output`, leave the model unchanged."""
+    from ..core.files import check_writable
+
+    check_writable(output)
     with edit(model, tokenizer, facts, method=method, mode=mode) as handle:
         return handle.save(output)

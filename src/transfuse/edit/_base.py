@@ -9,6 +9,7 @@ first (a hypernetwork) takes its trained state as a constructor argument; one th
 from __future__ import annotations
 
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.data import Fact
@@ -73,12 +75,16 @@ class Edit(ABC):
         return prompt
 
 
+# Parameter -> the edits in place on it, oldest first. Those nobody holds any more cannot be undone, and do not count.
+_IN_PLACE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 class WeightEdit(Edit):
     """New values for some parameters, as low-rank updates or as whole replacements.
 
     Args:
-        low_rank: Parameter name -> `(left [d_out, r], right [r, d_in])` in float32, added as `left @ right`. Names
-            whose module stores its weight transposed (`Conv1D`) take the transposed product.
+        low_rank: Parameter name -> `(left [d_out, r], right [r, d_in])` in float32, added as `left @ right`; as the
+            transposed product where only that has the weight's shape (`Conv1D`).
         replaced: Parameter name -> its new value.
     """
 
@@ -92,9 +98,11 @@ class WeightEdit(Edit):
     ):
         self.low_rank = dict(low_rank or {})
         self.replaced = dict(replaced or {})
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: list[tuple[str, torch.nn.Parameter, torch.Tensor]] = []
 
     def attach(self, model: PreTrainedModel) -> None:
+        if self._kept:
+            raise BadInput("edit", self._kept[0][0], "is in place already", "undo it first, or make another")
         parameters = dict(model.named_parameters())
         for name in [*self.low_rank, *self.replaced]:
             if name not in parameters:
@@ -112,10 +120,20 @@ class WeightEdit(Edit):
             updates[name] = self._fits(name, value, parameters[name]).to(
                 parameters[name].device, parameters[name].dtype
             )
-        with torch.no_grad():
-            for name, value in updates.items():
-                self._kept[name] = parameters[name].detach().cpu().clone()
-                parameters[name].copy_(value)
+        try:
+            with torch.no_grad():
+                for name, new in updates.items():
+                    parameter = parameters[name]
+                    # The parameter itself is kept: an adapter put around its module later gives it another name.
+                    self._kept.append((name, parameter, parameter.detach().to("cpu", copy=True)))
+                    _IN_PLACE.setdefault(parameter, []).append(weakref.ref(self))
+                    parameter.copy_(new)
+        except BaseException:
+            try:
+                self.detach(model)
+            finally:
+                self._kept = []
+            raise
 
     @staticmethod
     def _fits(name: str, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -127,11 +145,15 @@ class WeightEdit(Edit):
         return value
 
     def detach(self, model: PreTrainedModel) -> None:
-        parameters = dict(model.named_parameters())
+        here = [[edit for ref in _IN_PLACE.get(p, []) if (edit := ref())] for _, p, _ in self._kept]
+        for (name, _, _), edits in zip(self._kept, here, strict=True):
+            if self in edits and edits[-1] is not self:
+                raise BadInput("edit", name, "has later edits on top of it", "roll those back first")
         with torch.no_grad():
-            for name, value in self._kept.items():
-                parameters[name].copy_(value)
-        self._kept.clear()
+            for (_, parameter, value), edits in zip(self._kept, here, strict=True):
+                parameter.copy_(value)
+                _IN_PLACE[parameter] = [weakref.ref(edit) for edit in edits if edit is not self]
+        self._kept = []
 
     def tensors(self) -> dict[str, torch.Tensor]:
         stored = {f"{name}::new": value for name, value in self.replaced.items()}
@@ -214,6 +236,12 @@ def editable(model: PreTrainedModel, name: str) -> torch.nn.Parameter:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if name not in parameters:
+        holder = name.rpartition(".")[0]
+        if hasattr(dict(model.named_modules()).get(holder), "base_layer"):
+            raise BadInput(
+                "layer", holder, "is wrapped by an adapter",
+                'merge the adapter, or give module="....base_layer" to edit the weights under it',
+            )  # fmt: skip
         raise BadInput(
             "layer", name, f"is not a parameter of {type(model).__name__}", "see model.named_parameters()"
         )
@@ -264,6 +292,7 @@ class EditHandle:
         """Apply one more edit on top of the others."""
         edit.attach(self.model)
         self._edits.append(edit)
+        self.active = True
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -277,7 +306,11 @@ class EditHandle:
         return prompt
 
     def rollback(self) -> None:
-        """Undo all edits: weights are bitwise what they were. Calling it again does nothing."""
+        """Undo all edits: weights are bitwise what they were. Calling it again does nothing.
+
+        Raises:
+            BadInput: later edits, of another handle, stand on these; nothing is lost, roll those back first.
+        """
         while self.active and self._edits:
             self._edits[-1].detach(self.model)
             self._edits.pop()
@@ -308,7 +341,10 @@ class EditHandle:
         target = check_writable(folder, "folder")
         with atomic_dir(target) as made:
             for i, edit in enumerate(self._edits):
-                header = {"kind": edit.kind, "meta": edit.meta(), "base": self._base, "method": self.method}
+                header = {
+                    "kind": edit.kind, "meta": edit.meta(), "base": self._base, "method": self.method,
+                    "of": len(self._edits),
+                }  # fmt: skip
                 write_tensors(made / f"edit-{i:05d}.safetensors", edit.tensors(), header)
             write_lineage(
                 made,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -63,7 +64,7 @@ def nearest(keys: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 class Met(NamedTuple):
-    """Per row of a batch: the entry last met (-1: none) and how many tokens ago (0: at the last token). int64 `[B]`."""
+    """At each token: the entry last met (-1: none), and how many tokens ago (0: at this one). int64 `[B, T]`."""
 
     entry: torch.Tensor
     age: torch.Tensor
@@ -81,31 +82,38 @@ def carry(
         before: What was met in the tokens before these (held in the KV cache), if any.
 
     Returns:
-        int64 `[B, T]`, -1 where the layer's own output stands; and what to carry on.
+        int64 `[B, T]`, -1 where the layer's own output stands; and what was met in these tokens.
     """
     place = torch.arange(hit.shape[1], device=hit.device).expand_as(hit)
     last = torch.where(hit, place, -1).cummax(1).values
     entry = torch.where(last >= 0, index.gather(1, last.clamp_min(0)), -1)
     age = place - last
     if before is not None:
-        entry = torch.where(last >= 0, entry, before.entry[:, None])
-        age = torch.where(last >= 0, age, before.age[:, None] + 1 + place)
+        entry = torch.where(last >= 0, entry, before.entry[:, -1:])
+        age = torch.where(last >= 0, age, before.age[:, -1:] + 1 + place)
     reached = (entry >= 0) & (age < spans[entry.clamp_min(0)])
-    return torch.where(reached, entry, -1), Met(entry[:, -1], age[:, -1])
+    return torch.where(reached, entry, -1), Met(entry, age)
+
+
+_CACHES = ("past_key_values", "layer_past")  # a KV cache, as blocks call it
+_NUMBERS = itertools.count()
 
 
 class _Router:
-    """The three hooks of an attached codebook, and what they remember between the passes of one generation."""
+    """The hooks of an attached codebook.
+
+    What was met in the tokens of a KV cache is kept on that cache, token by token: a copy of the cache, as for a
+    shared prefix, has it too, and a cache cut shorter goes on from its new end. Rows that beam search exchanges go
+    unseen: they must have met the same keys, as the beams of one prompt have unless they write a key themselves.
+    """
 
     def __init__(self, book: Codebook):
-        self.book = book
+        self.book, self.number = book, next(_NUMBERS)
         self.shape: tuple[int, ...] = (0, 0)
         self.mask: torch.Tensor | None = None
         self.cache: Any = None
         self.past = 0
         self.queries = torch.empty(0)
-        self.kept: weakref.WeakKeyDictionary[Any, Met] = weakref.WeakKeyDictionary()
-        self.latest: Met | None = None
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Note shape, padding and cache of a pass through the stack of blocks."""
@@ -119,6 +127,11 @@ class _Router:
         self.cache = arguments.get("past_key_values")
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
 
+    def enter(self, arguments: dict[str, Any]) -> None:
+        """Note the cache that the layer's block writes to: the model makes one itself where it was given none."""
+        named = {**arguments, **arguments.get("kwargs", {})}
+        self.cache = next((named[name] for name in _CACHES if named.get(name) is not None), self.cache)
+
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keep the layer's input."""
         self.queries = tensor.detach()
@@ -131,10 +144,11 @@ class _Router:
         hit = distance <= self.book.radii[index]
         if self.mask is not None:
             hit &= self.mask
-        entry, met = carry(hit, index, self.book.spans, self._before(rows))
-        self.latest = met
+        before = self._before(rows)
+        entry, met = carry(hit, index, self.book.spans, before)
         if self.cache is not None:
-            self.kept[self.cache] = met
+            whole = met if before is None else Met(*(torch.cat(pair, 1) for pair in zip(before, met)))
+            vars(self.cache).setdefault("met_keys", {})[self.number] = whole
         stands = entry >= 0
         if not bool(stands.any()):
             return output
@@ -144,9 +158,12 @@ class _Router:
     def _before(self, rows: int) -> Met | None:
         if self.past == 0:
             return None
-        # A cache made by the model itself during the last pass was not seen coming in: that pass's outcome holds.
-        met = self.kept.get(self.cache, self.latest)
-        return met if met is not None and len(met.entry) == rows else None
+        met = vars(self.cache).get("met_keys", {}).get(self.number)
+        if met is None or met.entry.shape[1] < self.past or rows % len(met.entry):
+            nothing = torch.full((rows, self.past), -1, device=self.queries.device)
+            return Met(nothing, nothing)  # tokens from before the edit, or of other rows
+        times = rows // len(met.entry)
+        return Met(*(part[:, : self.past].repeat_interleave(times, 0) for part in met))
 
 
 _ATTACHED: weakref.WeakKeyDictionary[PreTrainedModel, list[GraceEdit]] = weakref.WeakKeyDictionary()
@@ -215,7 +232,9 @@ class GraceEdit(RoutedEdit):
         assert self.book is not None
         router = _Router(self.book)
         stack = taps.decoder_layers(model)[0].rpartition(".")[0].rpartition(".")[0]
+        block = next(name for name in taps.decoder_layers(model) if self.module.startswith(f"{name}."))
         self._hooks.enter_context(taps.watch(model.get_submodule(stack), router.begin))
+        self._hooks.enter_context(taps.watch(model.get_submodule(block), router.enter))
         self._hooks.enter_context(taps.replace(model, {self.module: router.read}, inputs=True))
         self._hooks.enter_context(taps.replace(model, {self.module: router.write}))
 

@@ -6,6 +6,7 @@ not changed by an edit at that token, in any block, because attention is causal.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,17 @@ from ..core.errors import BadInput
 from ..core.generate import check_length, encode_pair, pad_batch, pad_id_of
 from ..core.training import seeded
 
-__all__ = ["Chunk", "Row", "encode", "lay_out", "rows_of", "sample_ids", "sample_prefixes", "subject_token"]
+__all__ = [
+    "Chunk",
+    "Row",
+    "encode",
+    "lay_out",
+    "rows_of",
+    "sample_ids",
+    "sample_prefixes",
+    "subject_end",
+    "subject_token",
+]
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 _LENGTHS = (5, 10)  # tokens of a prefix, opening word included
@@ -81,7 +92,20 @@ def sample_prefixes(
     return tuple(found)
 
 
-def subject_token(tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: Sequence[int]) -> int:
+def subject_end(fact: Fact) -> int:
+    """One past the subject's last character in the prompt. Of several places the last one counts.
+
+    Places that are part of a longer word ("Iran" in "Iranian") count only where there is no other.
+    """
+    subject = fact.subject.strip()
+    places = re.finditer(rf"(?<!\w)(?={re.escape(subject)}(?!\w))", fact.prompt)
+    start = max((place.start() for place in places), default=fact.prompt.rindex(subject))
+    return start + len(subject)
+
+
+def subject_token(
+    tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: Sequence[int], *, first: bool = False
+) -> int:
     """Index in `ids` of the token that holds character `end - 1` of `text`, the subject's last.
 
     Args:
@@ -89,6 +113,7 @@ def subject_token(tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: 
         text: The text whose tokens begin with `ids`.
         end: One past the subject's last character.
         ids: Tokens of `text`, or of its beginning.
+        first: Of a character of several bytes, spread over several tokens, take the first and not the last.
 
     Raises:
         BadInput: the tokenizer gives no offsets, or the character is not in `ids`.
@@ -99,8 +124,7 @@ def subject_token(tokenizer: PreTrainedTokenizerBase, text: str, end: int, ids: 
         )
     encoded = tokenizer(text, return_offsets_mapping=True)
     if list(encoded["input_ids"][: len(ids)]) == list(ids):
-        # A character of several bytes may be spread over several tokens: the last one counts.
-        for index in range(len(ids) - 1, -1, -1):
+        for index in range(len(ids)) if first else reversed(range(len(ids))):
             start, stop = encoded["offset_mapping"][index]
             if start < end <= stop:
                 return index
@@ -132,12 +156,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> tuple[
 
 
 def rows_of(tokenizer: PreTrainedTokenizerBase, fact: Fact, prefixes: Sequence[str]) -> list[Row]:
-    """The fact after each prefix. Where the subject stands twice in the prompt, its last place counts."""
-    subject = fact.subject.strip()
+    """The fact after each prefix. Where the subject stands twice in the prompt, see `subject_end`."""
     rows = []
     for prefix in prefixes:
         before, after, text = encode(tokenizer, prefix + fact.prompt, fact.target)
-        end = len(prefix) + fact.prompt.rindex(subject) + len(subject)
+        end = len(prefix) + subject_end(fact)
         rows.append(Row(before + after[:-1], subject_token(tokenizer, text, end, before), after))
     return rows
 
@@ -182,6 +205,10 @@ class Chunk:
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model is called with."""
         return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+
+    def unflat(self, value: torch.Tensor) -> torch.Tensor:
+        """What a module saw of these rows, as `[B, T, width]`: some architectures' MLPs (OPT) read `[B T, width]`."""
+        return value.reshape(*self.ids.shape, value.shape[-1])
 
 
 def lay_out(

@@ -28,11 +28,13 @@ class Cached(NamedTuple):
     Attributes:
         inputs: Arguments of the model, left-padded.
         hidden: Input of the edited block, `[B, T, width]`.
+        tupled: The model's blocks return tuples.
         targets: Target ids of each row.
     """
 
     inputs: dict[str, Any]
     hidden: torch.Tensor
+    tupled: bool
     targets: list[list[int]]
 
 
@@ -76,9 +78,9 @@ class FineTune(Editor):
     ) -> None:
         check_facts(facts)
         check_number("lr", self.lr, least=0, above=True)
-        check_number("steps", self.steps, least=0)
+        check_number("steps", self.steps, least=0, whole=True)
         check_number("stop_below", self.stop_below, least=0)
-        check_number("batch_size", self.batch_size, least=1)
+        check_number("batch_size", self.batch_size, least=1, whole=True)
         layer = depth(model, self.layer, LLAMA_DEPTH)
         editable(model, down_projection(model, layer, self.module) + ".weight")
         encode_facts(model, tokenizer, facts)
@@ -106,7 +108,7 @@ class FineTune(Editor):
 
             def closure() -> torch.Tensor:
                 batch = batches[next(turn) % len(batches)]
-                with replay(model, block, batch.hidden):
+                with replay(model, block, batch.hidden, tupled=batch.tupled):
                     out = functional_call(model, {name: master.to(weight.dtype)}, kwargs=batch.inputs)
                 return self.loss(out.logits, batch.targets)
 
@@ -138,9 +140,13 @@ class FineTune(Editor):
                 "use_cache": False,
                 "logits_to_keep": max(len(t) for _, t in chosen) if self.reads_target else 1,
             }
-            with torch.no_grad(), capture(model, block, inputs=True, stop=True) as seen:
+            with (
+                torch.no_grad(),
+                capture(model, block_name(model, 0)) as lowest,
+                capture(model, block, inputs=True, stop=True) as seen,
+            ):
                 seen.run(**inputs)
-            cached.append(Cached(inputs, seen[block], [t for _, t in chosen]))
+            cached.append(Cached(inputs, seen[block], bool(lowest.tuples), [t for _, t in chosen]))
         return cached
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -39,9 +40,9 @@ def depth(model: PreTrainedModel, layer: int | None, fraction: float) -> int:
     count = len(decoder_layers(model))
     if layer is None:
         return min(round(fraction * count), count - 1)
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
+    if isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or not 0 <= layer < count:
         raise BadInput("layer", layer, "is not a block of the model", f"give an index from 0 to {count - 1}")
-    return layer
+    return int(layer)
 
 
 def block_name(model: PreTrainedModel, layer: int) -> str:
@@ -58,15 +59,21 @@ def down_projection(model: PreTrainedModel, layer: int, module: str | None = Non
         module: Its name inside the block, where it is not one of the usual names.
 
     Raises:
-        BadInput: the block has no such linear map.
+        BadInput: the block has no such linear map, or its weights are packed (quantized).
     """
     block = block_name(model, layer)
     inner = dict(model.get_submodule(block).named_modules())
     linear = [n for n, m in inner.items() if isinstance(getattr(m, "weight", None), torch.Tensor)]
     linear = [n for n in linear if inner[n].weight.dim() == 2]
-    for name in (module,) if module is not None else _DOWN:
+    names = (module,) if module is not None else _DOWN
+    for name in names:
         if name in linear:
             return f"{block}.{name}"
+    if packed := next((n for n in names if n in inner and not any(inner[n].children())), None):
+        raise BadInput(
+            "model", f"{block}.{packed}", f"is a {type(inner[packed]).__name__} without a weight matrix",
+            "load the model unquantized, in bf16 or float32, to edit it",
+        )  # fmt: skip
     raise BadInput(
         "module", module, f"names no MLP down-projection of {type(model).__name__}",
         f"give module=..., one of {', '.join(linear)}",
@@ -94,14 +101,15 @@ def encode_facts(
     return pairs
 
 
-def check_number(argument: str, value: float, *, least: float, above: bool = False) -> None:
-    """Refuse a hyperparameter below `least` (or equal to it, with `above`), NaN included.
+def check_number(
+    argument: str, value: float, *, least: float, above: bool = False, whole: bool = False
+) -> None:
+    """Refuse a hyperparameter below `least` (or equal to it, with `above`), NaN included; or not `whole`.
 
     Raises:
         BadInput: with the argument's name and the allowed range.
     """
-    good = not isinstance(value, bool) and isinstance(value, (int, float))
+    good = not isinstance(value, bool) and isinstance(value, numbers.Integral if whole else numbers.Real)
     if not (good and (value > least if above else value >= least)):
-        raise BadInput(
-            argument, value, "is out of range", f"give a number {'above' if above else 'of at least'} {least}"
-        )
+        kind, bound = "a whole number" if whole else "a number", "above" if above else "of at least"
+        raise BadInput(argument, value, "is out of range", f"give {kind} {bound} {least}")

@@ -15,7 +15,7 @@ from ..core.generate import target_matches
 from ..core.taps import capture, decoder_layers, replace
 from ..core.training import generator
 from ._base import check_facts
-from ._contexts import encode, subject_token
+from ._contexts import encode, subject_end, subject_token
 from ._layers import check_number, down_projection, still
 
 __all__ = ["Located", "locate"]
@@ -88,7 +88,7 @@ def locate(
     if window is None:
         window = max(1, round(len(blocks) * 10 / 48)) if kind == "mlp" else 1  # the paper's 10 of 48
     for name, value in (("window", window), ("samples", samples), ("batch_size", batch_size)):
-        check_number(name, value, least=1)
+        check_number(name, value, least=1, whole=True)
     check_number("noise", noise, least=0, above=True)
     places = (
         [down_projection(model, i, module) for i in range(len(blocks))] if kind == "mlp" else list(blocks)
@@ -120,9 +120,9 @@ def _encode(
 ) -> tuple[list[int], int, int, list[int]]:
     """Tokens read, first and last token of the subject, tokens of the answer."""
     before, after, text = encode(tokenizer, fact.prompt, answer)
-    start = fact.prompt.rindex(fact.subject.strip())
-    last = subject_token(tokenizer, text, start + len(fact.subject.strip()), before)
-    first = subject_token(tokenizer, text, start + 1, before)
+    end = subject_end(fact)
+    last = subject_token(tokenizer, text, end, before)
+    first = subject_token(tokenizer, text, end - len(fact.subject.strip()) + 1, before, first=True)
     return before + after[:-1], first, last, after
 
 
@@ -143,9 +143,13 @@ class _Tracer:
     def trace(self, ids: list[int], first: int, last: int, answer: list[int]) -> torch.Tensor:
         """Indirect effect of each place, then the total effect: `[L + 1]` float64."""
         count = len(self.places)
-        with capture(self.model, self.places) as clean:
+        # The model goes on with copies: some (falcon) add the attention's output to the MLP's in place.
+        with (
+            capture(self.model, self.places) as clean,
+            replace(self.model, dict.fromkeys(self.places, torch.clone)),
+        ):
             whole = self.score(ids, 1, answer)
-        kept = torch.stack([clean[place][0, last] for place in self.places])
+        kept = torch.stack([clean[place].reshape(len(ids), -1)[last] for place in self.places])
         width = self.model.get_input_embeddings().weight.shape[1]
         shape = (self.samples, last + 1 - first, width)
         noise = self.deviation * torch.randn(*shape, generator=self.random, device=kept.device)
@@ -171,7 +175,7 @@ class _Tracer:
                     if j < count and 0 <= number - int(low[j]) < self.window
                 ]
                 if rows:
-                    changes[place] = _restore(rows, last, kept[number])
+                    changes[place] = _restore(rows, last, kept[number], len(part))
             with replace(self.model, changes):
                 probabilities.append(self.score(ids, len(part), answer))
         restored = torch.cat(probabilities).unflatten(0, (count + 1, self.samples)).mean(1)
@@ -192,10 +196,14 @@ class _Tracer:
         return logs.gather(-1, gold[..., None])[..., 0].sum(-1).exp()
 
 
-def _restore(rows: list[int], token: int, state: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _restore(
+    rows: list[int], token: int, state: torch.Tensor, count: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Put `state` at `token` of some of the `count` rows."""
+
     def put(value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
-        value[rows, token] = state
+        value.view(count, -1, value.shape[-1])[rows, token] = state  # OPT's MLP gives [B T, width]
         return value
 
     return put

@@ -17,6 +17,8 @@ from ._layers import block_name, depth, down_projection
 
 __all__ = ["Site", "edit_of", "find_sites"]
 
+_ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+
 
 @dataclass(frozen=True)
 class Site:
@@ -60,7 +62,8 @@ def find_sites(
         model: A decoder.
         layers: Numbers of blocks.
         module: Name of the down-projection inside a block; found by its usual names when None.
-        writing: Refuse the last block: what is written there at the subject reaches no later token.
+        writing: Refuse the last block: what is written there at the subject reaches no later token; and blocks that
+            carry a state instead of keys and values, beside which the search cannot run.
 
     Raises:
         BadInput: no such block or module, or a weight that cannot be edited (quantized, tied, not a matrix).
@@ -70,6 +73,12 @@ def find_sites(
         raise BadInput(
             "layer", last, "is the last block, from which no later token is reached", "edit a lower one"
         )
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENDING
+    if writing and kinds:
+        raise BadInput(
+            "model", type(model).__name__, f"has blocks without keys and values ({', '.join(sorted(kinds))})",
+            "edit it by ft-m, lora or grace",
+        )  # fmt: skip
     return [_site(model, depth(model, layer, 0.0), module) for layer in layers]
 
 

@@ -55,8 +55,8 @@ def covariance(
     """Second moment of the keys (inputs of the MLP down-projection) of several blocks, over running text.
 
     One pass over the text, in windows of 64 tokens, serves all blocks; no activation outlives its batch. The
-    sums are float64. Results are kept under the user's cache, by the model's weights, block, text and token
-    count; a broken file there is made again.
+    sums are float64. Results are kept under the user's cache, by the model's weights, block, the text's tokens and
+    their count; a broken file there is made again.
 
     Args:
         model: A decoder.
@@ -78,7 +78,7 @@ def covariance(
     """
     sites = find_sites(model, layers, module)
     check_statistics(text, tokens)
-    what = _identity(text, seed)
+    what = _identity(tokenizer, text, tokens, seed)
     folder = cache_dir() / "statistics" / (fingerprint(model)[:16] if cache else "none")
     files = {
         site.index: folder
@@ -91,7 +91,7 @@ def covariance(
         found = {i: kept for i, file in files.items() if (kept := _read(file)) is not None}
         missing = [site for site in sites if site.index not in found]
         if missing:
-            rows = _kept_rows(folder, model, tokenizer, text, tokens, seed)
+            rows = _kept_rows(folder, what, model, tokenizer, text, tokens, seed)
             made = _measure(model, missing, rows, pad_id_of(tokenizer))
             for i, result in made.items():
                 write_tensors(files[i], {"covariance": result.matrix}, {"count": result.count, "text": what})
@@ -133,8 +133,16 @@ def _texts(text: str | os.PathLike[str] | Sequence[str]) -> list[str]:
         raise CorruptFile("statistics", str(path), "is not UTF-8 text", "give a plain text file") from error
 
 
-def _identity(text: str | os.PathLike[str] | Sequence[str], seed: int) -> str:
-    return f"self:{seed}" if text == "self" else sha256_json(_texts(text))
+def _identity(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | os.PathLike[str] | Sequence[str],
+    tokens: int,
+    seed: int,
+) -> str:
+    """What decides the tokens read, the model apart: the tokens themselves, or how the model is made to write them."""
+    if text == "self":
+        return f"self:{seed}:{_first_id(tokenizer)}:{tokenizer.eos_token_id}"
+    return sha256_json(list(_upto(tokens, _cut(tokenizer, _texts(text)))))
 
 
 def _read(file: Path) -> Covariance | None:
@@ -164,11 +172,13 @@ def _add(
     ids, mask = pad_batch(rows, pad, device=seen.model.device)
     seen.run(input_ids=ids, attention_mask=mask, use_cache=False)
     for site in sites:
-        moments[site.index].add(seen.pop(site.module)[mask.bool()])
+        keys = seen.pop(site.module)
+        moments[site.index].add(keys.reshape(-1, keys.shape[-1])[mask.bool().flatten()])
 
 
 def _kept_rows(
     folder: Path,
+    what: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str | os.PathLike[str] | Sequence[str],
@@ -178,7 +188,7 @@ def _kept_rows(
     """As `_rows`; what the model has sampled is kept beside the statistics: other blocks need the same text."""
     if text != "self":
         return _all_rows(model, tokenizer, text, tokens, seed)
-    file = folder / f"self-{sha256_json([str(model.dtype), tokens, _WINDOW, seed])[:16]}.safetensors"
+    file = folder / f"self-{sha256_json([str(model.dtype), tokens, _WINDOW, what])[:16]}.safetensors"
     try:
         kept, _ = read_tensors(file)
         return [row[row >= 0].tolist() for row in kept["ids"]]
@@ -206,9 +216,13 @@ def _rows(
     seed: int,
 ) -> Iterator[list[int]]:
     """Windows of token ids, `tokens` in all, each beginning as the tokenizer begins a text."""
-    left = tokens
     source = _sampled(model, tokenizer, tokens, seed) if text == "self" else _cut(tokenizer, _texts(text))
-    for row in source:
+    return _upto(tokens, source)
+
+
+def _upto(tokens: int, rows: Iterator[list[int]]) -> Iterator[list[int]]:
+    left = tokens
+    for row in rows:
         yield row[:left]
         left -= len(row)
         if left <= 0:
@@ -233,11 +247,15 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
 
 
+def _first_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return next((int(i) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+
+
 def _sampled(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int
 ) -> Iterator[list[int]]:
     """Rows sampled from the model, each after its begin-of-text (or else end-of-text) token."""
-    start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    start = _first_id(tokenizer)
     if start is None:
         raise BadInput(
             "statistics", "self", "needs a tokenizer with a bos or eos token", "give texts instead"
@@ -245,7 +263,7 @@ def _sampled(
     made, block = 0, 0
     while made < tokens:
         rows = min(_SAMPLED, -(-(tokens - made) // _WINDOW))
-        starts = [[int(start)]] * rows
+        starts = [[start]] * rows
         for row in sample_ids(model, tokenizer, starts, new_tokens=_WINDOW - 1, seed=seed + block):
             made += len(row)
             yield row
@@ -257,12 +275,14 @@ class Background(NamedTuple):
 
     prefixes: tuple[str, ...]
     factors: dict[int, Factor | None]
+    settings: tuple[Any, ...]  # under which they were taken
 
 
 class BackgroundCache:
-    """One editor's `Background` of each model it met, taken when it first met it.
+    """One editor's `Background` of each model it met, taken when it first met it with these settings.
 
-    In a run of edits the statistics are therefore those of the model before the first, as in the papers.
+    In a run of edits the statistics are therefore those of the model before the first, as in the papers. For a model
+    that was trained in between, take a new editor.
     """
 
     def __init__(self) -> None:
@@ -286,9 +306,11 @@ class BackgroundCache:
         Raises:
             BadInput: fewer tokens than key dimensions without a ridge, or see `covariance`.
         """
+        text = statistics if isinstance(statistics, (str, os.PathLike, type(None))) else tuple(statistics)
+        settings = (tokenizer, text, tokens, ridge, prefixes, module, seed, model.device, model.dtype)
         kept = self._kept.get(model)
-        if kept is None:
-            kept = Background(sample_prefixes(model, tokenizer, count=prefixes, seed=seed), {})
+        if kept is None or kept.settings != settings:
+            kept = Background(sample_prefixes(model, tokenizer, count=prefixes, seed=seed), {}, settings)
         missing = [site.index for site in sites if site.index not in kept.factors]
         if missing and statistics is not None:
             found = covariance(

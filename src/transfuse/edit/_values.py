@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
@@ -24,44 +24,13 @@ from ..core.errors import BadInput
 from ..core.taps import capture, decoder_layers, replace, replay
 from ..core.training import optimise
 from ._contexts import Chunk, Row, essence_row, lay_out, rows_of
-from ._layers import check_number, still
+from ._layers import still
+from ._objective import Objective
 from ._sites import Site
 
-__all__ = ["Found", "Objective", "editing", "search"]
+__all__ = ["Found", "editing", "mean_keys", "search"]
 
-_PROBE = 64.0  # large beside the rounding of a bf16 residual stream
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the search minimises, and how.
-
-    Attributes:
-        lr: Adam's learning rate.
-        steps: Most updates.
-        weight_decay: Weight of ||delta|| / ||v0||^2.
-        kl_factor: Weight of KL(p0 || p) on "{subject} is a" at the subject.
-        clamp: ||delta|| <= clamp ||v0|| after each update.
-        stop_below: A unit is finished when its loss is below this.
-    """
-
-    lr: float
-    steps: int
-    weight_decay: float
-    kl_factor: float
-    clamp: float
-    stop_below: float
-
-    def check(self) -> None:
-        """Refuse what cannot work.
-
-        Raises:
-            BadInput: a value out of its range; the argument is named.
-        """
-        for name, value in asdict(self).items():
-            check_number(name, value, least=0, above=name in ("lr", "clamp"))
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise BadInput("steps", self.steps, "is not a number of updates", "give 1 or more")
+_PROBE = 64.0  # large beside the rounding of a bf16 residual stream; less where float16 would overflow
 
 
 @contextlib.contextmanager
@@ -86,7 +55,8 @@ class Found:
         place: Name of the module whose output the values are: the down-projection, or its block.
         start: v0, that output at the subject of the bare prompt, `[E, d]`.
         delta: What to add to it, `[E, d]`; equal for the facts of one unit.
-        keys: Mean over the contexts of the key at `key_site`, `[E, m]`.
+        bare: The key at `key_site` after the bare prompt, `[E, m]`.
+        keys: Its mean over the contexts, `[E, m]`.
         losses: Loss of each unit at its last evaluation, `[U]`.
         steps: Updates each unit took, int64 `[U]`.
         chunk: The context rows up to the subject, the bare prompt first for each fact.
@@ -97,6 +67,7 @@ class Found:
     place: str
     start: torch.Tensor
     delta: torch.Tensor
+    bare: torch.Tensor
     keys: torch.Tensor
     losses: torch.Tensor
     steps: torch.Tensor
@@ -115,11 +86,12 @@ def search(
     prefixes: Sequence[str],
     objective: Objective,
     whole: bool = False,
+    share: float | None = None,
 ) -> Found:
     """For each unit, the delta with which `v0 + delta` at `site`, at the subject's end, yields the target.
 
     delta minimises, by Adam from 0, the mean over contexts of the target tokens' mean negative log-likelihood
-    + kl_factor KL(p0 || p) + weight_decay ||delta|| / ||v0||^2. After each step, ||delta|| <= clamp ||v0||.
+    + kl_factor KL(p || p0) + weight_decay ||delta|| / ||v0||^2. After each step, ||delta|| <= clamp ||v0||.
 
     Args:
         model: Inside `editing`.
@@ -133,16 +105,14 @@ def search(
         whole: v0 is the output of the whole block, which is what MEMIT spreads over layers, in place of the
             down-projection's. Not where the MLP's output is normalised before it joins the block's (gemma3, olmo2):
             a change of the one is no change of the other there.
+        share: As `mean_keys` takes it.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite.
     """
-    rows: list[Row] = []
-    owner: list[int] = []
-    for number, unit in enumerate(units):
-        contexts = [row for fact in unit for row in rows_of(tokenizer, fact, prefixes)]
-        rows += contexts
-        owner += [number] * len(contexts)
+    contexts = [[row for fact in unit for row in rows_of(tokenizer, fact, prefixes)] for unit in units]
+    rows = [row for own in contexts for row in own]
+    owner = [number for number, own in enumerate(contexts) for _ in own]
     count = len(rows)
     rows += [essence_row(tokenizer, unit[0]) for unit in units]
     owner += range(len(units))
@@ -151,14 +121,17 @@ def search(
         torch.no_grad(),
         capture(model, [site.block, key_site.block, key_site.module], inputs=True) as ins,
         capture(model, [site.module, site.block], stop=True) as outs,
+        # The model goes on with a copy: some (falcon) add the attention's output to the MLP's in place.
+        replace(model, {site.module: torch.clone}),
     ):
         outs.run(**chunk.inputs(), use_cache=False)
+    ins[key_site.module], outs[site.module] = map(chunk.unflat, (ins[key_site.module], outs[site.module]))
     wide = torch.promote_types(outs[site.module].dtype, torch.float32)
     bare = torch.arange(0, count, len(prefixes), device=chunk.ids.device)
     above = _additive(model, chunk, site, ins[site.block], outs)
     place = site.block if whole and above else site.module
     start = outs[place][bare, chunk.cut].to(wide)
-    keys = ins[key_site.module][:count, chunk.cut].to(wide).unflatten(0, (len(bare), -1)).mean(1)
+    keys = ins[key_site.module][:count, chunk.cut].to(wide)
     upper = _upper(model, chunk, site, ins[site.block], outs, above)
     sizes = torch.tensor([len(unit) for unit in units], dtype=wide, device=start.device)
     norms = torch.zeros_like(sizes).index_add(0, chunk.owner[bare], start.norm(dim=1)) / sizes
@@ -167,7 +140,21 @@ def search(
     before = chunk.select(torch.arange(count, device=bare.device), columns=slice(0, chunk.cut + 1))
     hidden = ins[key_site.block][:count, : chunk.cut + 1]
     delta = task.delta.detach()[chunk.owner[bare]]
-    return Found(place, start, delta, keys, task.losses, task.steps, before, hidden, upper.tupled)
+    return Found(
+        place, start, delta, keys[bare], mean_keys(keys, len(bare), share), task.losses, task.steps, before, hidden,
+        upper.tupled,
+    )  # fmt: skip
+
+
+def mean_keys(keys: torch.Tensor, facts: int, share: float | None) -> torch.Tensor:
+    """Each fact's mean key, `[E, m]`, of the keys after its contexts, `[E * contexts, m]`, the bare prompt's first.
+
+    `share` is the bare prompt's weight in the mean; None gives every context the same.
+    """
+    each = keys.unflatten(0, (facts, -1))
+    if share is None or each.shape[1] == 1:
+        return each.mean(1)
+    return share * each[:, 0] + (1 - share) * each[:, 1:].mean(1)
 
 
 @dataclass(frozen=True)
@@ -206,8 +193,9 @@ class _Upper:
         """Logits `[N, V]` at (rows, columns), int64 `[N]`; `change` `[B, d]` is added at the subject."""
 
         def add(value: torch.Tensor) -> torch.Tensor:
-            first = (value[:, 0] + change).to(value.dtype)
-            return torch.cat([first[:, None], value[:, 1:]], 1)
+            whole = value.view(len(change), -1, value.shape[-1])
+            first = (whole[:, 0] + change).to(value.dtype)
+            return torch.cat([first[:, None], whole[:, 1:]], 1).view(value.shape)
 
         hidden = self.hidden if self.inside else add(self.hidden)
         changes = {self.inside: add} if self.inside else {}
@@ -291,14 +279,16 @@ def _additive(
     It is not where the MLP's output is normalised or scaled (gemma3, olmo2, granite).
     """
     row = chunk.select(torch.tensor([len(chunk.ids) - 1], device=chunk.ids.device))
+    made = outs[site.module][-1]
+    probe = min(_PROBE, 0.25 * torch.finfo(made.dtype).max / max(1.0, float(made.abs().max())))
     with (
         replay(model, site.block, entered[-1:], tupled=site.block in outs.tuples),  # type: ignore[attr-defined]
-        replace(model, {site.module: lambda value: (1 + _PROBE) * value}),
+        replace(model, {site.module: lambda value: (1 + probe) * value}),
         capture(model, site.block, stop=True) as seen,
     ):
         seen.run(**row.inputs(), use_cache=False)
     change = (seen[site.block] - outs[site.block][-1:])[0, chunk.cut].float()
-    wanted = _PROBE * outs[site.module][-1, chunk.cut].float()
+    wanted = probe * made[chunk.cut].float()
     return bool((change - wanted).norm() <= 0.05 * wanted.norm())
 
 
@@ -369,11 +359,10 @@ class _Task:
         if self.before is None:  # delta is still 0: these are the unedited model's predictions
             self.before = now.detach()
         old = self.before[unit[~scored]]
-        divergence = (old.exp() * (old - now)).sum(-1)
         decay = self.delta[unit[~scored]].norm(dim=1) / self.norms[unit[~scored]].square()
         total = torch.zeros_like(self.norms).index_add(0, unit[scored], nll)
         return total.index_add(
-            0, unit[~scored], self.how.kl_factor * divergence + self.how.weight_decay * decay
+            0, unit[~scored], self.how.kl_factor * self.how.drift(old, now) + self.how.weight_decay * decay
         )
 
     def shrink(self) -> None:

@@ -112,6 +112,7 @@ class _Case(NamedTuple):
         ids: Prompt and target but its last token.
         target: Target token ids.
         hidden: The block's input, `[1, T, width]`.
+        tupled: The model's blocks return tuples.
         key: The layer's input at the last prompt token, `[m]`.
         width: d, of the layer's output.
     """
@@ -119,6 +120,7 @@ class _Case(NamedTuple):
     ids: list[int]
     target: list[int]
     hidden: torch.Tensor
+    tupled: bool
     key: torch.Tensor
     width: int
 
@@ -159,9 +161,9 @@ class GRACE(Editor):
         check_facts(facts)
         check_number("eps", self.eps, least=0, above=True)
         check_number("lr", self.lr, least=0, above=True)
-        check_number("steps", self.steps, least=0)
-        check_number("batch_size", self.batch_size, least=1)
-        check_number("seed", self.seed, least=0)
+        check_number("steps", self.steps, least=0, whole=True)
+        check_number("batch_size", self.batch_size, least=1, whole=True)
+        check_number("seed", self.seed, least=0, whole=True)
         if self.replacement not in REPLACEMENTS:
             raise BadInput("replacement", self.replacement, "is unknown", f"use {', '.join(REPLACEMENTS)}")
         down_projection(model, depth(model, self.layer, LLAMA_DEPTH), self.module)
@@ -253,24 +255,26 @@ def _observe(model: PreTrainedModel, block: str, module: str, prompt: list[int],
 
     The key is taken from the prompt alone: the same prompt then gives the same key, bitwise, whatever its target.
     """
-    key, hidden, width = _inputs(model, block, module, prompt)
+    key, hidden, width, tupled = _inputs(model, block, module, prompt)
     if len(target) > 1:
-        _, hidden, _ = _inputs(model, block, module, prompt + target[:-1])
-    return _Case(prompt + target[:-1], target, hidden, key, width)
+        _, hidden, *_ = _inputs(model, block, module, prompt + target[:-1])
+    return _Case(prompt + target[:-1], target, hidden, tupled, key, width)
 
 
 def _inputs(
     model: PreTrainedModel, block: str, module: str, row: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The layer's input at the last token `[m]`, the block's input `[1, T, width]`, the layer's output width d."""
+) -> tuple[torch.Tensor, torch.Tensor, int, bool]:
+    """The layer's input at the last token `[m]`, the block's input `[1, T, width]`, d, whether blocks return tuples."""
     ids = torch.tensor([row], device=model.device)
     with (
         torch.no_grad(),
+        taps.capture(model, block_name(model, 0)) as lowest,
         taps.capture(model, [block, module], inputs=True) as into,
         taps.capture(model, module, stop=True) as out,
     ):
         out.run(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return into[module].reshape(len(row), -1)[-1].float(), into[block], out[module].shape[-1]
+    key = into[module].reshape(len(row), -1)[-1].float()
+    return key, into[block], out[module].shape[-1], bool(lowest.tuples)
 
 
 def _forced(
@@ -294,7 +298,7 @@ def _forced(
         whole = output.view(len(batch), width, -1)
         return torch.where(stands, values[:, None].to(output.dtype), whole).view(output.shape)
 
-    with taps.replay(model, block, hidden), taps.replace(model, {module: put}):
+    with taps.replay(model, block, hidden, tupled=batch[0].tupled), taps.replace(model, {module: put}):
         return model(
             input_ids=ids,
             attention_mask=mask,

@@ -78,8 +78,26 @@ class Told(NamedTuple):
     shown: list[str]
 
 
+class Pool(NamedTuple):
+    """Demonstrations, and what they were made from.
+
+    Attributes:
+        facts: The facts to demonstrate with.
+        encoder: Name of the encoder.
+        owners: The fact of each demonstration.
+        texts: The demonstrations.
+        vectors: `[n, width]`, unit length.
+    """
+
+    facts: list[Fact]
+    encoder: str
+    owners: list[Fact]
+    texts: list[str]
+    vectors: np.ndarray
+
+
 _ENCODERS: dict[str, Any] = {}
-_POOLS: weakref.WeakKeyDictionary[IKE, tuple[list[Fact], list[str], np.ndarray]] = weakref.WeakKeyDictionary()
+_POOLS: weakref.WeakKeyDictionary[IKE, Pool] = weakref.WeakKeyDictionary()
 _IN_PLACE: weakref.WeakKeyDictionary[PreTrainedModel, list[IkeEdit]] = weakref.WeakKeyDictionary()
 
 
@@ -118,8 +136,10 @@ class IkeEdit(PromptEdit):
         self._among = [self]
 
     def rewrite(self, prompt: str) -> str:
-        """Demonstrations, the new fact nearest to `prompt`, and `prompt`; the latest of the joined edits does it."""
-        if self._among[-1] is not self:
+        """Demonstrations, the new fact nearest to `prompt`, and `prompt`; a prompt that tells one of them stays."""
+        facts = tuple(new_fact_prompt(f.prompt, f.target, "") for edit in self._among for f in edit.told)
+        head, mark, _ = prompt.rpartition("\nPrompt: ")
+        if (head + mark).endswith(facts):
             return prompt
         choices = [(edit, i) for edit in self._among for i in range(len(edit.told))]
         best = 0
@@ -173,7 +193,7 @@ class IKE(Editor):
     ) -> None:
         """Refuse facts, demonstrations and hyperparameters that cannot work."""
         check_facts(facts)
-        check_number("k", self.k, least=0)
+        check_number("k", self.k, least=0, whole=True)
         self._facts()
 
     def _facts(self) -> list[Fact]:
@@ -191,20 +211,22 @@ class IKE(Editor):
 
     def _nearest(self, fact: Fact) -> list[str]:
         """The k demonstrations nearest to the edit, the nearest last."""
-        owners, texts, vectors = self._pool()
-        if not texts or not self.k:
+        if not self.k:
+            return []
+        _, _, owners, texts, vectors = self._pool()
+        if not texts:
             return []
         query = _encode(self.encoder, [new_fact_prompt(fact.prompt, fact.target, fact.prompt) + "\n\n"])[0]
         order = np.argsort(-(vectors @ query), kind="stable")
         chosen = [texts[i] for i in order if owners[i].prompt != fact.prompt][: self.k]
         return chosen[::-1]
 
-    def _pool(self) -> tuple[list[Fact], list[str], np.ndarray]:
-        """Owner, text and vector of every demonstration; encoded once for this editor."""
-        if self not in _POOLS:
-            facts = self._facts()
+    def _pool(self) -> Pool:
+        """Owner, text and vector of every demonstration; encoded once for this editor's facts and encoder."""
+        facts, kept = self._facts(), _POOLS.get(self)
+        if kept is None or (kept.facts, kept.encoder) != (facts, self.encoder):
             made = [(fact, text) for fact in facts for text in demonstrations([fact])]
             texts = [text for _, text in made]
-            vectors = _encode(self.encoder, texts) if texts and self.k else np.empty((0, 0), np.float32)
-            _POOLS[self] = [fact for fact, _ in made], texts, vectors
-        return _POOLS[self]
+            vectors = _encode(self.encoder, texts) if texts else np.empty((0, 0), np.float32)
+            kept = _POOLS[self] = Pool(facts, self.encoder, [fact for fact, _ in made], texts, vectors)
+        return kept

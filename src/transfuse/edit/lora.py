@@ -65,7 +65,8 @@ class LoraEdit(RoutedEdit):
     def attach(self, model: PreTrainedModel) -> None:
         """Put PEFT's layers, with this adapter in them, around the model's projections."""
         name = _free_name(model)
-        _insert(model, self.config, name, trainable=False)
+        with seeded(0):  # PEFT draws first values, which are overwritten
+            _insert(model, self.config, name, trainable=False)
         parts = _parts(model, name)
         if {k: p.shape for k, p in parts.items()} != {k: t.shape for k, t in self.adapter.items()}:
             _remove(model, name)
@@ -137,16 +138,17 @@ class LoRA(Editor):
     ) -> None:
         """Refuse facts, targets and hyperparameters that cannot work."""
         check_facts(facts)
-        check_number("rank", self.rank, least=1)
+        check_number("rank", self.rank, least=1, whole=True)
         check_number("alpha", self.alpha, least=0, above=True)
         check_number("dropout", self.dropout, least=0)
         if self.dropout >= 1:
             raise BadInput("dropout", self.dropout, "drops everything", "give a share below 1")
         check_number("lr", self.lr, least=0, above=True)
-        check_number("steps", self.steps, least=5 if self.adaptive else 0)
+        check_number("steps", self.steps, least=5 if self.adaptive else 0, whole=True)
         check_number("stop_below", self.stop_below, least=0)
-        check_number("batch_size", self.batch_size, least=1)
-        check_number("seed", self.seed, least=0)
+        check_number("batch_size", self.batch_size, least=1, whole=True)
+        check_number("seed", self.seed, least=0, whole=True)
+        _check_adapters(model)
         self._targets(model)
         encode_facts(model, tokenizer, facts)
 
@@ -230,8 +232,20 @@ def _free_name(model: PreTrainedModel) -> str:
     return next(f"edit{i}" for i in range(len(taken) + 1) if f"edit{i}" not in taken)
 
 
+def _check_adapters(model: PreTrainedModel) -> None:
+    """Refuse a model whose own adapters are merged (PEFT would unmerge them for good) or off (ours would be too)."""
+    for layer in _layers(model):
+        if layer.merged or layer.disable_adapters:
+            state = "merged into its weights" if layer.merged else "switched off"
+            raise BadInput(
+                "model", type(model).__name__, f"has adapters that are {state}",
+                "unmerge or enable them, or call merge_and_unload() or unload()",
+            )  # fmt: skip
+
+
 def _insert(model: PreTrainedModel, config: Mapping[str, Any], name: str, *, trainable: bool) -> LoraModel:
     """Put a fresh adapter on the model beside those it has; all adapters are active, the others frozen."""
+    _check_adapters(model)
     common = {
         "r": config["rank"],
         "lora_alpha": config["alpha"],

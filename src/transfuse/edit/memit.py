@@ -18,10 +18,10 @@ in float64. Each layer sees the model as the layers before it left it: what they
 is not brought again. Where the MLP's output is normalised before it joins the stream (gemma3, olmo2), z is the last
 down-projection's output, as in ROME.
 
-Where this differs from published code: keys are the plain mean over the prompt and the sampled prefixes (the
-published mean gives the bare prompt half the weight); with fewer facts than key dimensions the same solution
-comes from an E x E system and one factorisation of C; several facts are searched in one batch; a layer's
-keys are computed from the cached input of the layer changed before it, not from the beginning.
+Where this differs from published code: keys are the plain mean over the prompt and the sampled prefixes
+(`prompt_share=0.5` gives the bare prompt half the weight, as published); with fewer facts than key dimensions the
+same solution comes from an E x E system and one factorisation of C; several facts are searched in one batch; a
+layer's keys are computed from the cached input of the layer changed before it, not from the beginning.
 
     from transfuse.edit import edit
     with edit(model, tokenizer, facts, method="memit") as handle:
@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,11 +42,12 @@ from ..core.errors import BadInput
 from ..core.taps import capture, replay
 from ..core.tensors import Factor
 from ._base import Editor, WeightEdit
-from ._contexts import Chunk
+from ._contexts import Chunk, subject_end
 from ._layers import check_number, depth
+from ._objective import Objective
 from ._sites import Site, edit_of, find_sites
 from ._statistics import BackgroundCache, check_statistics
-from ._values import Found, Objective, editing, search
+from ._values import Found, editing, mean_keys, search
 
 __all__ = ["MEMIT", "memit_update"]
 
@@ -119,8 +121,10 @@ class MEMIT(Editor):
         steps: Most updates. The published code counts evaluations of the loss, and makes one update less.
         weight_decay: Weight of ||delta|| / ||z0||^2.
         kl_factor: Weight of the drift of "{subject} is a".
+        kl: "reverse" measures the drift as KL(edited || unedited), as published; "forward" the other way round.
         clamp: Largest ||delta|| / ||z0||, z0 being the state before the edit.
         stop_below: Loss at which a fact's search ends.
+        prompt_share: Weight of the bare prompt's key in a fact's mean key; None: that of every other context.
         per_subject: Facts about one subject share one delta, found on all of them: their keys are nearly equal, so
             that deltas found one by one would be averaged away. False is the published behaviour.
         batch_size: Facts (or subjects) searched together; results do not depend on it, memory and speed do.
@@ -141,8 +145,10 @@ class MEMIT(Editor):
         steps: int = 25,
         weight_decay: float = 1e-3,
         kl_factor: float = 0.0625,
+        kl: Literal["reverse", "forward"] = "reverse",
         clamp: float = 4.0,
         stop_below: float = 0.05,
+        prompt_share: float | None = None,
         per_subject: bool = True,
         batch_size: int = 8,
         seed: int = 0,
@@ -150,8 +156,8 @@ class MEMIT(Editor):
         self.layers, self.lam, self.module = layers, lam, module
         self.statistics, self.tokens, self.ridge = statistics, tokens, ridge
         self.prefixes, self.lr, self.steps = prefixes, lr, steps
-        self.weight_decay, self.kl_factor, self.clamp = weight_decay, kl_factor, clamp
-        self.stop_below, self.seed = stop_below, seed
+        self.weight_decay, self.kl_factor, self.kl, self.clamp = weight_decay, kl_factor, kl, clamp
+        self.stop_below, self.prompt_share, self.seed = stop_below, prompt_share, seed
         self.per_subject, self.batch_size = per_subject, batch_size
         self._known = BackgroundCache()
 
@@ -162,8 +168,10 @@ class MEMIT(Editor):
         find_sites(model, self._layers(model), self.module, writing=True)
         check_number("lam", self.lam, least=0)
         check_number("ridge", self.ridge, least=0)
-        check_number("prefixes", self.prefixes, least=0)
-        check_number("batch_size", self.batch_size, least=1)
+        check_number("prefixes", self.prefixes, least=0, whole=True)
+        check_number("batch_size", self.batch_size, least=1, whole=True)
+        if self.prompt_share is not None and not 0 <= self.prompt_share <= 1:
+            raise BadInput("prompt_share", self.prompt_share, "is no share", "give 0 to 1, or None")
         self._objective().check()
         if self.statistics is not None:
             check_statistics(self.statistics, self.tokens)
@@ -179,7 +187,9 @@ class MEMIT(Editor):
         return list(self.layers)
 
     def _objective(self) -> Objective:
-        return Objective(self.lr, self.steps, self.weight_decay, self.kl_factor, self.clamp, self.stop_below)
+        return Objective(
+            self.lr, self.steps, self.weight_decay, self.kl_factor, self.clamp, self.stop_below, self.kl
+        )
 
     def fit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
@@ -201,7 +211,7 @@ class MEMIT(Editor):
             found = [
                 search(
                     model, tokenizer, units[i : i + self.batch_size], sites[-1], sites[0],
-                    prefixes=known.prefixes, objective=self._objective(), whole=True,
+                    prefixes=known.prefixes, objective=self._objective(), whole=True, share=self.prompt_share,
                 )
                 for i in range(0, len(units), self.batch_size)
             ]  # fmt: skip
@@ -217,7 +227,7 @@ class MEMIT(Editor):
             units.setdefault(fact.subject.strip() if self.per_subject else number, []).append(fact)
 
         def tail(fact: Fact) -> int:
-            return len(fact.prompt) - fact.prompt.rindex(fact.subject.strip()) + len(fact.target)
+            return len(fact.prompt) - subject_end(fact) + len(fact.target)
 
         return sorted(units.values(), key=lambda unit: max(map(tail, unit)))
 
@@ -232,7 +242,10 @@ class MEMIT(Editor):
         wanted = torch.cat([each.start + each.delta for each in found])
         keys = torch.cat([each.keys for each in found])
         now = torch.cat([each.start for each in found])
-        walks = [_Walk(each.chunk, each.hidden, len(each.start), each.place, each.tupled) for each in found]
+        walks = [
+            _Walk(each.chunk, each.hidden, len(each.start), each.place, each.tupled, self.prompt_share)
+            for each in found
+        ]
         updates = []
         applied: list[WeightEdit] = []
         try:
@@ -262,6 +275,7 @@ class _Walk:
         facts: Number of facts in the rows.
         place: Name of the module whose output the values are.
         tupled: The model's blocks return tuples.
+        share: As `mean_keys` takes it.
     """
 
     chunk: Chunk
@@ -269,6 +283,7 @@ class _Walk:
     facts: int
     place: str
     tupled: bool
+    share: float | None = None
 
     def step(self, model: PreTrainedModel, changed: Site, site: Site) -> tuple[torch.Tensor, ...]:
         """Run from `changed`'s block to `site`'s keys, and the bare prompts on to the values.
@@ -284,7 +299,7 @@ class _Walk:
             seen.run(**self.chunk.inputs(), use_cache=False)
         self.hidden = seen[site.block]
         wide = torch.promote_types(self.hidden.dtype, torch.float32)
-        keys = seen[site.module][:, cut].to(wide).unflatten(0, (self.facts, -1)).mean(1)
+        keys = mean_keys(self.chunk.unflat(seen[site.module])[:, cut].to(wide), self.facts, self.share)
         bare = torch.arange(0, len(self.hidden), len(self.hidden) // self.facts, device=self.hidden.device)
         begin = int(self.chunk.mask[bare].argmax(1).min())  # the other rows' prefixes are padding here
         prompts = self.chunk.select(bare, columns=slice(begin, None))
@@ -293,4 +308,4 @@ class _Walk:
             capture(model, self.place, stop=True) as values,
         ):
             values.run(**prompts.inputs(), use_cache=False)
-        return keys, values[self.place][:, -1].to(wide)
+        return keys, prompts.unflat(values[self.place])[:, -1].to(wide)

@@ -17,11 +17,12 @@ k* is the mean key over the prompt alone and after 20 short prefixes sampled fro
 delta by Adam (`edit._values`). C comes from text (`statistics`): by default text the model samples itself, so
 that nothing has to be downloaded; with `statistics=None`, u = k*, the variant some later comparisons ran.
 
-Where this differs from published code: the residual is taken against W k* with the mean key, as in the
-paper's equation, not against the bare prompt's key, so W k* = v* holds after the edit; blocks below the edited
-one run once, and above it only the tokens from the subject on; C is factorised in float64.
+Where this differs from published code: after the edit W k* = v* holds for the mean key, as in the paper's equation
+(`at_prompt=True` makes it hold for the bare prompt's key, as published); blocks below the edited one run once, and
+above it only the tokens from the subject on; C is factorised in float64.
 
-Facts are edited one at a time; in a run of edits, C and the prefixes are those of the unedited model.
+Facts are edited one at a time; in a run of edits, C and the prefixes are those of the unedited model: an editor takes
+them when it first meets a model, and a model trained since needs a new editor.
 
     from transfuse.edit import edit
     with edit(model, tokenizer, facts, method="rome") as handle:
@@ -31,6 +32,7 @@ Facts are edited one at a time; in a run of edits, C and the prefixes are those 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,9 +42,10 @@ from ..core.errors import BadInput
 from ..core.tensors import Factor
 from ._base import Editor, WeightEdit
 from ._layers import check_number, depth
+from ._objective import Objective
 from ._sites import edit_of, find_sites
 from ._statistics import BackgroundCache, check_statistics
-from ._values import Objective, editing, search
+from ._values import editing, search
 
 __all__ = ["ROME", "rome_update"]
 
@@ -51,7 +54,12 @@ DEPTH = 0.3
 
 
 def rome_update(
-    weight: torch.Tensor, key: torch.Tensor, value: torch.Tensor, factor: Factor | None = None
+    weight: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    factor: Factor | None = None,
+    *,
+    at: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rank-one change `outer(scale, direction)` with which `weight` maps `key` to `value` (equation 2).
 
@@ -60,9 +68,10 @@ def rome_update(
         key: k*, `[m]`.
         value: v*, `[d]`.
         factor: C = E[k k^T], `[m, m]`, factorised; None for the identity.
+        at: The key k that is mapped to `value` in place of k*, `[m]`.
 
     Returns:
-        `(direction [m], scale [d])` in float64: u of unit length, and (v* - W k*) / (u^T k*).
+        `(direction [m], scale [d])` in float64: u of unit length, and (v* - W k) / (u^T k).
 
     Raises:
         BadInput: the key is zero.
@@ -73,7 +82,8 @@ def rome_update(
     if not float(norm) > 0:
         raise BadInput("key", "zero", "has no direction", "edit another layer")
     direction = direction / norm
-    scale = (value.double() - weight.double() @ wide) / (direction @ wide)
+    mapped = wide if at is None else at.double()
+    scale = (value.double() - weight.double() @ mapped) / (direction @ mapped)
     return direction, scale
 
 
@@ -94,8 +104,10 @@ class ROME(Editor):
         steps: Most updates. The published code counts evaluations of the loss, and makes one update less.
         weight_decay: Weight of ||delta|| / ||v0||^2.
         kl_factor: Weight of the drift of "{subject} is a".
+        kl: "reverse" measures the drift as KL(edited || unedited), as published; "forward" the other way round.
         clamp: Largest ||delta|| / ||v0||.
         stop_below: Loss at which the search ends.
+        at_prompt: v* is what W gives for the bare prompt's key, not for the mean key.
         seed: Of prefixes and sampled text.
     """
 
@@ -114,15 +126,17 @@ class ROME(Editor):
         steps: int = 25,
         weight_decay: float = 1e-3,
         kl_factor: float = 0.0625,
+        kl: Literal["reverse", "forward"] = "reverse",
         clamp: float = 4.0,
         stop_below: float = 0.05,
+        at_prompt: bool = False,
         seed: int = 0,
     ):
         self.layer, self.module = layer, module
         self.statistics, self.tokens, self.ridge = statistics, tokens, ridge
         self.prefixes, self.lr, self.steps = prefixes, lr, steps
-        self.weight_decay, self.kl_factor, self.clamp = weight_decay, kl_factor, clamp
-        self.stop_below, self.seed = stop_below, seed
+        self.weight_decay, self.kl_factor, self.kl, self.clamp = weight_decay, kl_factor, kl, clamp
+        self.stop_below, self.at_prompt, self.seed = stop_below, at_prompt, seed
         self._known = BackgroundCache()
 
     def check(
@@ -131,13 +145,15 @@ class ROME(Editor):
         super().check(model, tokenizer, facts)
         find_sites(model, [depth(model, self.layer, DEPTH)], self.module, writing=True)
         check_number("ridge", self.ridge, least=0)
-        check_number("prefixes", self.prefixes, least=0)
+        check_number("prefixes", self.prefixes, least=0, whole=True)
         self._objective().check()
         if self.statistics is not None:
             check_statistics(self.statistics, self.tokens)
 
     def _objective(self) -> Objective:
-        return Objective(self.lr, self.steps, self.weight_decay, self.kl_factor, self.clamp, self.stop_below)
+        return Objective(
+            self.lr, self.steps, self.weight_decay, self.kl_factor, self.clamp, self.stop_below, self.kl
+        )
 
     def fit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
@@ -167,6 +183,7 @@ class ROME(Editor):
             if bias is not None:  # values are outputs, bias included; W maps to what is left
                 value = value - bias
             direction, scale = rome_update(
-                site.matrix(model), found.keys[0], value, known.factors[site.index]
-            )
+                site.matrix(model), found.keys[0], value, known.factors[site.index],
+                at=found.bare[0] if self.at_prompt else None,
+            )  # fmt: skip
         return edit_of([(site, scale[:, None], direction[None])])
