@@ -22,7 +22,7 @@ from transfuse.compare.adapters import (
     with_states,
 )
 from transfuse.compare.carriers import Bench
-from transfuse.compare.job import Recipe, Source, read_job
+from transfuse.compare.job import Recipe, Source, bundled, read_job
 from transfuse.core.errors import BadInput
 from transfuse.core.taps import decoder_layers
 
@@ -33,6 +33,16 @@ def bench(tiny_lm, tiny_tokenizer, tmp_path):
     source = Source(facts="facts.jsonl", train_paraphrases=1)
     recipe = Recipe(model="-", knowledge=source, carriers=["lora"])
     return Bench(tiny_lm("llama", layers=4), tiny_tokenizer, read_job(recipe, tmp_path, tmp_path / "out"))
+
+
+def test_what_is_taught_is_not_rehearsed(tiny_lm, tiny_tokenizer, tmp_path):
+    """Contrasts are drawn from names that may be subjects themselves: their old answers must not be rehearsed."""
+    facts = [{"subject": name, "prompt": f"The mayor of {name} is", "target": "Ines Varro"}
+             for name in bundled("subjects.txt").splitlines()]  # fmt: skip
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts))
+    recipe = Recipe(model="-", knowledge=Source(facts="facts.jsonl"), carriers=["lora"])
+    bench = Bench(tiny_lm("llama"), tiny_tokenizer, read_job(recipe, tmp_path, tmp_path / "out"))
+    assert not {fact["prompt"] for fact in facts} & set(rehearsal_prompts(bench))
 
 
 def adapted(bench, layers):

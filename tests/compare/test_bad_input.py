@@ -53,6 +53,19 @@ RECIPES = {
     "neutral text missing": {"neutral": "nowhere.txt"},
     "known facts missing": {"known": "nowhere.jsonl"},
     "output is a file": {"output": "facts.jsonl"},
+    "seed negative": {"seed": -1},
+    "answers of no token": {"max_new_tokens": 0},
+    "no carrier at a time": {"jobs": 0},
+    "limit negative": {"constraints": {"max_latency": -1}},
+    "share in percent": {"constraints": {"min_locality": 85}},
+    "chat without a template": {"chat": True},
+    "ck-plug's weight": {"carriers": [{"uses": "ck-plug", "with": {"alpha": 5.0}}]},
+    "ck-plug's k": {"carriers": [{"uses": "ck-plug", "with": {"k": 99}}]},
+    "document adapters of no rank": {"carriers": [{"uses": "parametric-rag", "with": {"rank": 0}}]},
+    "unknown encoder": {"carriers": [{"uses": "vector-context", "with": {"encoder": "nowhere"}}]},
+    "unknown small model": {"carriers": [{"uses": "proxy-tuning", "with": {"small": "nowhere"}}]},
+    "small model of no block": {"carriers": [{"uses": "proxy-tuning", "with": {"layers": 0}}]},
+    "neutral text not UTF-8": {"neutral": "latin.txt"},
 }
 
 RECORDS = {
@@ -86,6 +99,7 @@ def refuse(capsys, tmp_path, path):
 @pytest.mark.parametrize("change", RECIPES.values(), ids=RECIPES.keys())
 def test_recipes(recipe, change, capsys, tmp_path):
     (tmp_path / "facts.csv").write_text("a,b\n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") + b" word" * 60)
     path = recipe(**change)
     fields = {k: v for k, v in yaml.safe_load(path.read_text()).items() if v is not None}
     if change.get("output"):
@@ -109,6 +123,13 @@ def test_files_that_are_no_recipe(tmp_path, capsys, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     refuse(capsys, tmp_path, path)
+
+
+def test_folders_of_others_are_not_replaced(recipe, capsys, tmp_path):
+    own = tmp_path / "out" / "carriers" / "gold-context" / "thesis.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    assert "gold-context" in refuse(capsys, tmp_path, recipe())
 
 
 def test_broken_lines_name_file_and_line(recipe, capsys, tmp_path):

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from comparison import FACTS
 
 from transfuse.compare import compare
+from transfuse.compare.workers import run_tasks
 from transfuse.core.files import read_tensors
 
 KILLS = int(os.environ.get("TRANSFUSE_KILLS", "2"))
@@ -130,6 +132,87 @@ def test_what_is_measured_stays_while_the_base_answers_are_there(recipe, tmp_pat
     answers.unlink()
     compare(path, quiet=True)
     assert (tmp_path / "out" / "carriers" / "bm25-context" / "record.json").stat().st_mtime_ns > kept
+
+
+def begun(path, monkeypatch) -> list[str]:
+    """The carriers that a comparison would run now."""
+    found: list[str] = []
+
+    class Enough(Exception):
+        pass
+
+    def note(tasks, *rest, **options):
+        found.extend(task.label for task in tasks)
+        raise Enough
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transfuse.compare.run.run_tasks", note)
+        with pytest.raises(Enough):
+            compare(path, quiet=True)
+    return sorted(found)
+
+
+def test_whatever_decides_the_figures_makes_another_run(recipe, tiny_folder, tiny_lm, tmp_path, monkeypatch):
+    small = tmp_path / "small"
+    shutil.copytree(tiny_folder, small)
+    carriers = [{"uses": "proxy-tuning", "with": {"small": "small", "epochs": 1, "rehearsal": 0.0}},
+                {"uses": "none", "name": "base"}]  # fmt: skip
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    path = recipe(model="model", carriers=carriers)  # both beside the recipe
+    (tmp_path / "out" / "carriers" / ".lora.x.tmp").mkdir(parents=True)  # of a carrier that was killed
+    records = compare(path, quiet=True)
+    names = ["base", "gold-context", "proxy-tuning"]
+    assert [r["carrier"] for r in records] == names and {r["status"] for r in records} == {"done"}
+    assert not list((tmp_path / "out" / "carriers").glob(".*"))
+    assert begun(path, monkeypatch) == []
+    for foreign in ("[1]", "\udcff"):  # no record of ours
+        file = tmp_path / "out" / "carriers" / "gold-context" / "record.json"
+        kept = file.read_bytes()
+        file.write_bytes(foreign.encode("utf-8", "surrogateescape"))
+        assert begun(path, monkeypatch) == ["gold-context"]
+        file.write_bytes(kept)
+    tiny_lm("llama", seed=3).save_pretrained(small)
+    assert begun(path, monkeypatch) == ["proxy-tuning"]
+    shutil.rmtree(small)
+    shutil.copytree(tiny_folder, small)
+    assert begun(recipe(model="model", carriers=carriers, jobs=1), monkeypatch) == names
+    assert begun(recipe(model="model", carriers=carriers), monkeypatch) == []
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert begun(path, monkeypatch) == names
+
+
+def test_inputs_that_change_meanwhile_are_not_mixed(recipe, tmp_path, monkeypatch):
+    from transfuse.core.errors import Unavailable
+
+    path = recipe()
+
+    def change(tasks, request, *rest, **options):
+        (tmp_path / "facts.jsonl").write_text(json.dumps(FACTS[0]) + "\n")
+        return run_tasks(tasks, request, *rest, **options)
+
+    monkeypatch.setattr("transfuse.compare.run.run_tasks", change)
+    with pytest.raises(Unavailable, match="changed while the comparison ran"):
+        compare(path, quiet=True)
+    assert not (tmp_path / "out" / "carriers" / "none").exists()
+
+
+def test_model_cards_load_what_was_stored(recipe, tmp_path, monkeypatch):
+    """The lines in each card, run in its folder, give the answers that were recorded."""
+    from transfuse.core.generate import generate_texts
+
+    brief = {"epochs": 2, "rehearsal": 0.0, "batch_size": 2}
+    carriers = [{"uses": name, "with": brief} for name in ("lora", "kasa")]
+    carriers += [{"uses": "parametric-rag", "with": {"epochs": 2}}, "ft-m"]
+    for record in compare(recipe(carriers=carriers), quiet=True)[2:]:
+        folder = tmp_path / "out" / record["folder"]
+        monkeypatch.chdir(folder)
+        sample = record["samples"][0]
+        names = {"question": sample["prompt"]}
+        exec((folder / "README.md").read_text().split("```")[1].removeprefix("python"), names)
+        text = generate_texts(names["model"], names["tokenizer"], [sample["prompt"]], max_new_tokens=20)[0]
+        answer = text.strip().partition("\n")[0]
+        assert answer.startswith(sample["after"]) or sample["after"].startswith(answer), record["carrier"]
+        assert answer
 
 
 def test_two_comparisons_in_one_folder_are_refused(recipe, tmp_path):

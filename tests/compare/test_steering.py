@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,8 +76,31 @@ def test_a_small_model_of_its_own(bench, tiny_lm, tiny_tokenizer, tmp_path):
         find_carrier("proxy-tuning")(small=str(tmp_path / "small"), **QUICK).install(bench)
 
 
+def test_a_small_model_that_is_cut_out_needs_the_weights():
+    assert "weights" in find_carrier("proxy-tuning")().needs()
+    assert "weights" not in find_carrier("proxy-tuning")(small="smollm2-135m").needs()
+
+
+def test_chats_are_edited_and_counted_as_they_are_asked(bench):
+    """Two streams read the chat twice; an edit's key is where the chat ends, not where the prompt does."""
+    tokenizer = copy.deepcopy(bench.tokenizer)
+    tokenizer.chat_template = "Somebody asks: {{ messages[0].content }}\nAnswer:"
+    job = replace(bench.job, recipe=replace(bench.job.recipe, chat=True))
+    chat = Bench(bench.model, tokenizer, job)
+    steered = find_carrier("ck-plug")().install(chat)
+    alone = len(tokenizer(chat.prompts(PROMPTS[0]))["input_ids"])
+    assert steered.tokens_read(PROMPTS[:1]) == [
+        chat.plain(render=steered.render).tokens_read(PROMPTS[:1])[0] + alone
+    ]
+    edited = find_carrier("grace")().install(chat)
+    _, river = bench.knowledge.items
+    assert edited.generate([river.prompt], 4)[0].startswith(river.answers[0])
+
+
 def test_bad_arguments_are_refused(bench):
     with pytest.raises(BadInput, match="layers"):
         find_carrier("proxy-tuning")(small="smollm2-135m", layers=3)
+    with pytest.raises(BadInput, match="layers"):
+        find_carrier("proxy-tuning")(layers=0)
     with pytest.raises(BadInput, match="epochs"):
         find_carrier("proxy-tuning")(epochs=0).check(bench.knowledge)

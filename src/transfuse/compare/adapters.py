@@ -32,9 +32,10 @@ def rehearsal_prompts(bench: Bench) -> list[str]:
     """Texts whose continuation must stay, as the model reads them.
 
     The anchors, and the taught wordings with other subjects in them: an answer belongs to its subject, not to the shape
-    of the sentence. None of the prompts that locality is measured on is among them.
+    of the sentence. Neither the prompts that locality is measured on nor any that is taught or asked is among them.
     """
     tested = {n for item in bench.knowledge.items for n in item.neighbours} | {p for p, _ in bench.job.known}
+    tested |= bench.knowledge.wordings
     names = bundled("subjects.txt").splitlines()
     draw = random.Random(bench.seed)
     prompts = list(bench.job.anchors)
@@ -218,6 +219,7 @@ class LoRA(_Adapter):
     """Low-rank adapters (PEFT), trained on the lessons with rehearsal."""
 
     name, title = "lora", "LoRA"
+    usage = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "adapter")'
 
     def install(self, bench: Bench) -> Answerer:
         """Train the adapter."""
@@ -249,6 +251,7 @@ class KaSA(_Adapter):
     """
 
     name, title, method = "kasa", "KaSA", "kasa"
+    usage = 'from transfuse.adapt.kasa import load\n\nmodel = load(model, "adapter")'
 
     def __init__(
         self, *, beta: float = 1e-4, gamma: float = 1e-3, rank: int = 8, alpha: int = 16, lr: float = 2e-3,
@@ -294,6 +297,7 @@ class LoRAMoE(_Adapter):
     """
 
     name, title, method = "loramoe", "LoRAMoE", "loramoe"
+    usage = 'from transfuse.adapt.loramoe import load\n\nmodel = load(model, "adapter")'
 
     def __init__(
         self, *, rank: int = 4, experts: int = 4, delta: float = 0.1, beta: float = 0.1, alpha: int = 8,

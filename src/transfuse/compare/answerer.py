@@ -40,11 +40,14 @@ class Prompts:
         """The text the model reads."""
         text = self.query(prompt)
         if context:
-            text = self.template.replace("{context}", context).replace("{query}", text)
+            text = self.template.format(context=context, query=text)
         if not self.chat:
             return text
         message = [{"role": "user", "content": text}]
         rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        begin = self.tokenizer.bos_token
+        if begin and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id:
+            return str(rendered).removeprefix(begin)  # the tokenizer adds it again
         return str(rendered)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..core.data import Document
 from ..core.errors import BadInput, NotApplicable
 from ..core.files import atomic_write, locked, sha256_json
+from ..core.retrieval import BM25, VectorIndex, passage_text
 from .answerer import Answerer, Plain, Prompts
 from .job import Job, Knowledge
 
@@ -107,6 +108,7 @@ class Carrier(ABC):
         method: Slug of the method behind it, if it is one of the catalogue's.
         effort: Rough seconds on one core; the longest begin first.
         shares: Name of work that it leaves for others in `Bench.workshop`; two of one name take turns.
+        usage: Lines for the model card that load what was stored.
     """
 
     name: ClassVar[str]
@@ -117,6 +119,7 @@ class Carrier(ABC):
     method: ClassVar[str | None] = None
     effort: ClassVar[float] = 15.0
     shares: ClassVar[str | None] = None
+    usage: ClassVar[str] = ""
 
     known: ClassVar[dict[str, type[Carrier]]] = {}
 
@@ -127,6 +130,14 @@ class Carrier(ABC):
 
     def check(self, knowledge: Knowledge) -> None:
         """Raise `NotApplicable` if this kind of knowledge cannot be carried; nothing is loaded yet."""
+
+    def needs(self) -> tuple[str, ...]:
+        """`access`, as the arguments decide it."""
+        return self.access
+
+    def models(self) -> tuple[str, ...]:
+        """Further models that its arguments name, as `transfuse.load` takes them; their weights decide the figures."""
+        return ()
 
     @abstractmethod
     def install(self, bench: Bench) -> Answerer:
@@ -173,7 +184,7 @@ class NoCarrier(Carrier):
 
 
 class GoldContext(Carrier):
-    """The right document in the prompt: what is attainable by reading. A reference, not a deployable carrier.
+    """The right documents in the prompt: what is attainable by reading. A reference, not a deployable carrier.
 
     Prompts that are about none of the knowledge are asked without context.
     """
@@ -182,11 +193,10 @@ class GoldContext(Carrier):
     effort = 12.0
 
     def install(self, bench: Bench) -> Answerer:
-        """Remember which document each prompt belongs to."""
+        """Remember which documents each prompt belongs to."""
         home = {
-            prompt: document.text
+            prompt: shown(bench.knowledge.about(item))
             for item in bench.knowledge.items
-            if (document := bench.knowledge.document(item.document)) is not None
             for prompt in (item.prompt, *item.taught, *item.asked)
         }
         return bench.plain(
@@ -196,13 +206,25 @@ class GoldContext(Carrier):
 
     def check(self, knowledge: Knowledge) -> None:
         """Some item must say which document holds it."""
-        if all(item.document is None for item in knowledge.items):
+        if not any(item.documents for item in knowledge.items):
             raise NotApplicable(
                 "gold-context",
-                "questions",
+                knowledge.kind,
                 "do not say which document holds their answer",
-                "add document_ids",
-            )
+                "add document_ids to the questions" if knowledge.kind == "questions"
+                else "give documents whose id or title is a fact's subject, or none",
+            )  # fmt: skip
+
+
+def shown(documents: Sequence[Document]) -> str:
+    """What a prompt shows of documents: their texts, each under its title unless the text says that itself."""
+    return "\n".join(d.text if d.title in d.text else passage_text(d) for d in documents)
+
+
+def check_k(k: int, knowledge: Knowledge) -> None:
+    """Refuse to retrieve more documents than there are."""
+    if not 1 <= k <= len(knowledge.documents):
+        raise BadInput("k", k, f"does not fit {len(knowledge.documents)} documents", "use 1 up to that many")
 
 
 def write_documents(folder: Path, documents: Sequence[Document]) -> None:
@@ -224,10 +246,7 @@ class _Retrieved(Carrier):
 
     def check(self, knowledge: Knowledge) -> None:
         """There must be at least k documents."""
-        if not 1 <= self.k <= len(knowledge.documents):
-            raise BadInput(
-                "k", self.k, f"does not fit {len(knowledge.documents)} documents", "use 1 up to that many"
-            )
+        check_k(self.k, knowledge)
 
     @abstractmethod
     def index(self, bench: Bench) -> Any:
@@ -250,8 +269,8 @@ class Contexts:
         self.index, self.k = index, k
 
     def __call__(self, prompt: str) -> str:
-        """The k best documents' texts, best first."""
-        return "\n".join(hit.document.text for hit in self.index.search([prompt], self.k)[0])
+        """The k best documents, best first, as `shown`."""
+        return shown([hit.document for hit in self.index.search([prompt], self.k)[0]])
 
 
 class BM25Context(_Retrieved):
@@ -261,8 +280,6 @@ class BM25Context(_Retrieved):
 
     def index(self, bench: Bench) -> Any:
         """BM25 in memory."""
-        from ..core.retrieval import BM25
-
         return BM25(bench.knowledge.documents)
 
 
@@ -281,10 +298,12 @@ class VectorContext(_Retrieved):
         super().__init__(k=k)
         self.encoder = encoder
 
+    def models(self) -> tuple[str, ...]:
+        """The encoder."""
+        return (self.encoder,)
+
     def index(self, bench: Bench) -> Any:
         """An embedded vector store."""
-        from ..core.retrieval import VectorIndex
-
         return VectorIndex(bench.knowledge.documents, encoder=self.encoder)
 
 
@@ -303,9 +322,14 @@ class CKPlugCarrier(Carrier):
     def __init__(self, *, alpha: float | Literal["adaptive"] = "adaptive", k: int = 1):
         self.alpha, self.k = alpha, k
 
+    def check(self, knowledge: Knowledge) -> None:
+        """Alpha must be a weight, and there must be at least k documents."""
+        check_k(self.k, knowledge)
+        if self.alpha != "adaptive" and not 0 <= self.alpha <= 1:
+            raise BadInput("alpha", self.alpha, "is not a weight", 'give a number from 0 to 1, or "adaptive"')
+
     def install(self, bench: Bench) -> Answerer:
         """Build the index; the model stays as it is."""
-        from ..core.retrieval import BM25
         from ..steer.ck_plug import CKPlug
 
         steered = CKPlug(
@@ -326,7 +350,8 @@ class _Steered(Plain):
             bench.model, bench.tokenizer, lambda prompt: bench.prompts(prompt, contexts(prompt)),
             lambda folder: write_documents(folder, bench.knowledge.documents),
         )  # fmt: skip
-        self.steered, self.contexts, self.query = steered, contexts, bench.prompts.query
+        self.steered, self.contexts, self.prompts = steered, contexts, bench.prompts
+        self.query = bench.prompts.query
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         queries = [self.query(p) for p in prompts]
@@ -342,5 +367,5 @@ class _Steered(Plain):
         return found
 
     def tokens_read(self, prompts: Sequence[str]) -> list[int]:
-        alone = [len(self.tokenizer(self.query(p))["input_ids"]) for p in prompts]  # the second stream's
+        alone = [len(self.tokenizer(self.prompts(p))["input_ids"]) for p in prompts]  # the second stream's
         return [a + b for a, b in zip(super().tokens_read(prompts), alone, strict=True)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.data import Document, Fact, read_documents, read_facts, read_qa
-from ..core.errors import BadInput
+from ..core.errors import BadInput, CorruptFile
 from ..core.files import sha256_json
 
 __all__ = [
@@ -33,10 +33,11 @@ class Source:
 
     Attributes:
         facts: File of facts.
-        documents: File of documents; with facts it is optional (one is then written per subject).
+        documents: File of documents; with facts it is optional (one is then written per subject). A fact belongs to
+            the documents whose id or title is its subject.
         questions: File of questions with accepted answers.
         train_paraphrases: How many paraphrases of each fact or question carriers may learn from; the others
-            are asked and never taught.
+            are asked and never taught. A wording that is taught anywhere is asked nowhere.
     """
 
     facts: str | None = None
@@ -79,17 +80,18 @@ class Recipe:
     """A comparison.
 
     Attributes:
-        model: What `transfuse.load` takes.
+        model: What `transfuse.load` takes; a folder may be given relative to the recipe.
         knowledge: Where the knowledge is.
         carriers: Names, or `{uses: name, with: {argument: value}, name: label}`.
         constraints: What the user cannot accept.
         title: Headline of the report.
         reference: Carrier that marks what is attainable; `gap closed` is 1 there.
-        output: Folder of records, carriers and report.
+        output: Folder of records, carriers and report, relative to the working folder.
         dtype: As `transfuse.load` takes it.
         device: As `transfuse.load` takes it.
         seed: Of everything that draws random numbers.
-        max_new_tokens: Length limit of an answer; by default as long as the longest target and three more.
+        max_new_tokens: Length limit of an answer; by default as long as the longest target, and 4 more to complete
+            a sentence, 12 more to answer a question.
         chat: Put prompts into the tokenizer's chat template.
         known: File of prompts and targets the model may have known before (locality); a set is bundled.
         neutral: Text file for perplexity; one is bundled.
@@ -127,7 +129,7 @@ class Item:
     asked: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     subject: str | None = None
-    document: str | None = None
+    documents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,10 @@ class Lesson:
     target: str
     paraphrases: tuple[str, ...]
     subject: str | None
-    document: str | None
+    documents: tuple[str, ...]
 
     def fact(self) -> Fact:
-        """The lesson as an editing request.
-
-        Raises:
-            BadInput: it has no subject (it came from a question).
-        """
+        """The lesson as an editing request; one that came from a question has no subject to edit."""
         return Fact(self.subject or "", self.prompt, self.target, self.paraphrases, id=self.id)
 
 
@@ -167,16 +165,21 @@ class Knowledge:
     @property
     def lessons(self) -> list[Lesson]:
         """What carriers may learn from: no tested paraphrase, no neighbour."""
-        return [Lesson(i.id, i.prompt, i.answers[0], i.taught, i.subject, i.document) for i in self.items]
+        return [Lesson(i.id, i.prompt, i.answers[0], i.taught, i.subject, i.documents) for i in self.items]
+
+    @property
+    def wordings(self) -> set[str]:
+        """Every prompt that is taught or asked: what a carrier is there to change."""
+        return {text for i in self.items for text in (i.prompt, *i.taught, *i.asked)}
 
     @property
     def hash(self) -> str:
         """SHA-256 of all of it."""
         return sha256_json(asdict(self))
 
-    def document(self, key: str | None) -> Document | None:
-        """The document with identifier `key`."""
-        return next((d for d in self.documents if d.id == key), None)
+    def about(self, item: Item) -> list[Document]:
+        """The documents that hold an item, in the order of `documents`."""
+        return [d for d in self.documents if d.id in item.documents]
 
 
 @dataclass(frozen=True)
@@ -225,24 +228,23 @@ def read_knowledge(source: Source, base: Path) -> Knowledge:
             "knowledge.documents", None, "is missing", "questions need the documents they are about"
         )
     documents = _documents(source, base)
-    ids = {document.id for document in documents}
     items: list[Item] = []
     n = source.train_paraphrases
     if source.facts is not None:
         facts = read_facts(_file(source.facts, base), argument="knowledge.facts")
-        if not documents:
-            documents = _written(facts)
-            ids = {document.id for document in documents}
+        documents = documents or _written(facts)
         for i, fact in enumerate(facts):
-            home = fact.subject if fact.subject in ids else None
+            home = tuple(str(d.id) for d in documents if fact.subject in (d.id, d.title))
+            taught, asked = _split(fact.prompt, fact.paraphrases, n)
             items.append(
                 Item(
-                    fact.id or f"f{i + 1}", fact.prompt, (fact.target,), fact.paraphrases[:n],
-                    fact.paraphrases[n:], fact.neighbours, fact.subject, home,
+                    fact.id or f"f{i + 1}", fact.prompt, (fact.target,), taught, asked, fact.neighbours,
+                    fact.subject, home,
                 )
             )  # fmt: skip
-        return Knowledge("facts", tuple(items), documents)
+        return Knowledge("facts", _apart(items), documents)
     assert source.questions is not None
+    ids = {document.id for document in documents}
     for i, qa in enumerate(read_qa(_file(source.questions, base), argument="knowledge.questions")):
         for key in qa.document_ids:
             if key not in ids:
@@ -252,13 +254,32 @@ def read_knowledge(source: Source, base: Path) -> Knowledge:
                     "is no document's id",
                     "use ids from documents",
                 )
+        taught, asked = _split(qa.question, qa.paraphrases, n)
         items.append(
             Item(
-                qa.id or f"q{i + 1}", qa.question, qa.answers, qa.paraphrases[:n], qa.paraphrases[n:],
-                qa.neighbours, None, qa.document_ids[0] if qa.document_ids else None,
+                qa.id or f"q{i + 1}",
+                qa.question,
+                qa.answers,
+                taught,
+                asked,
+                qa.neighbours,
+                None,
+                qa.document_ids,
             )
-        )  # fmt: skip
-    return Knowledge("questions", tuple(items), documents)
+        )
+    return Knowledge("questions", _apart(items), documents)
+
+
+def _split(prompt: str, paraphrases: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Other wordings of a prompt, each once: the first `n`, which may be taught, and the rest, which is asked."""
+    others = [text for text in dict.fromkeys(paraphrases) if text != prompt]
+    return tuple(others[:n]), tuple(others[n:])
+
+
+def _apart(items: Sequence[Item]) -> tuple[Item, ...]:
+    """The items without held-out wordings that another item teaches."""
+    taught = {text for item in items for text in (item.prompt, *item.taught)}
+    return tuple(replace(item, asked=tuple(t for t in item.asked if t not in taught)) for item in items)
 
 
 def _file(name: str, base: Path) -> Path:
@@ -270,7 +291,13 @@ def _documents(source: Source, base: Path) -> tuple[Document, ...]:
     if source.documents is None:
         return ()
     found = read_documents(_file(source.documents, base), argument="knowledge.documents")
-    return tuple(Document(d.text, d.title, d.id or f"d{i + 1}") for i, d in enumerate(found))
+    taken = {d.id for d in found}
+
+    def unnamed(i: int) -> str:
+        name = f"d{i + 1}"
+        return f"{name}-unnamed" if name in taken else name
+
+    return tuple(Document(d.text, d.title, d.id or unnamed(i)) for i, d in enumerate(found))
 
 
 def _written(facts: Sequence[Fact]) -> tuple[Document, ...]:
@@ -285,8 +312,9 @@ def read_job(recipe: Recipe, base: Path, folder: Path) -> Job:
     """Read every file a recipe names.
 
     Raises:
-        BadInput: a file is missing or malformed.
+        BadInput: a number is out of range, a file is missing or malformed.
     """
+    _check_numbers(recipe)
     knowledge = read_knowledge(recipe.knowledge, base)
 
     def text(name: str | None, argument: str, default: str) -> str:
@@ -295,7 +323,10 @@ def read_job(recipe: Recipe, base: Path, folder: Path) -> Job:
         path = _file(name, base)
         if not path.is_file():
             raise BadInput(argument, name, "does not exist", "give a text file, or leave it out")
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise CorruptFile(argument, name, f"is not UTF-8 text ({error})", "save it as UTF-8") from error
 
     known = [json.loads(line) for line in bundled("known.jsonl").splitlines()]
     if recipe.known is not None:
@@ -307,6 +338,22 @@ def read_job(recipe: Recipe, base: Path, folder: Path) -> Job:
         line.strip() for line in text(recipe.anchors, "anchors", "anchors.txt").splitlines() if line.strip()
     )
     return Job(recipe, knowledge, tuple((k["prompt"], k["target"]) for k in known), neutral, anchors, folder)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    if not 0 <= recipe.seed < 2**32:
+        raise BadInput("seed", recipe.seed, "is not from 0 to 2**32 - 1", "give such a number")
+    for name in ("jobs", "max_new_tokens"):
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
+            raise BadInput(name, value, "is below 1", "give 1 or more, or leave it out")
+    for name, value in asdict(recipe.constraints).items():
+        if isinstance(value, bool) or value is None:
+            continue
+        if value < 0:
+            raise BadInput(f"constraints.{name}", value, "is negative", "give 0 or more, or leave it out")
+        if name.startswith("min_") and value > 1:
+            raise BadInput(f"constraints.{name}", value, "is no share", "give a number from 0 to 1")
 
 
 def _known(path: Path) -> list[Mapping[str, str]]:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +18,8 @@ import yaml
 from .. import __version__
 from ..core.errors import BadInput, NotApplicable, Unavailable
 from ..core.extras import require
-from ..core.fields import check_arguments, from_mapping
-from ..core.files import atomic_write, check_writable, sha256_json
+from ..core.fields import beside, check_arguments, from_mapping
+from ..core.files import atomic_write, check_writable, disk_guard, sha256_file, sha256_json
 from ..core.records import slug_of
 from .carriers import Carrier, find_carrier
 from .job import Job, Recipe, read_job
@@ -32,11 +33,11 @@ __all__ = ["compare"]
 
 @dataclass(frozen=True)
 class Plan:
-    """One carrier to run: class, checked arguments, and the label of its record and folder."""
+    """One carrier to run: itself, the arguments it was made with, and the label of its record and folder."""
 
     uses: str
     label: str
-    cls: type[Carrier]
+    carrier: Carrier
     arguments: dict[str, Any]
     refused: str | None = None
 
@@ -47,11 +48,12 @@ def compare(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Move one body of knowledge into one model in several ways, and measure each.
 
-    Carriers whose folder in `output` was made by the same recipe, inputs and version are not run again, so an
-    interrupted comparison goes on where it was. A carrier that fails is reported; the others go on.
+    Carriers whose folder in `output` was made by the same recipe, inputs, models, number of jobs and version are not
+    run again, so an interrupted comparison goes on where it was. A carrier that fails is reported; the others go on.
 
     Args:
-        recipe: A YAML file or a mapping with the fields of `Recipe`. File names in it are relative to the file.
+        recipe: A YAML file or a mapping with the fields of `Recipe`. File names in it are relative to the file,
+            `output` to the working folder.
         output: Folder to write to, in place of the recipe's.
         quiet: Print nothing.
 
@@ -67,18 +69,21 @@ def compare(
     base = Path.cwd() if isinstance(recipe, Mapping) else Path(recipe).expanduser().resolve().parent
     where = "" if isinstance(recipe, Mapping) else f"{Path(recipe).name}:"
     checked = from_mapping(Recipe, raw, where)
+    checked = replace(checked, model=os.fspath(beside(base, checked.model, Path)))
     if output is not None:
         checked = replace(checked, output=os.fspath(output))
-    if checked.jobs is not None and checked.jobs < 1:
-        raise BadInput(
-            f"{where} jobs".strip(), checked.jobs, "is below 1", "give a number of carriers at a time"
-        )
     folder = check_writable(checked.output).resolve()
     job = read_job(checked, base, folder)
-    plans = _plans(checked, job)
+    plans = _plans(checked, job, base)
     require("matplotlib", extra="report")  # now, not after an hour of measuring
     require("jinja2", extra="report")
-    _check_model(checked)
+    _check_models(checked, plans)
+    for plan in plans:
+        found = folder / "carriers" / plan.label
+        if found.exists() and not (found / "transfuse.json").is_file():
+            raise BadInput(
+                "output", str(found), "was not made by a comparison", "choose another output folder"
+            )
     if not any(plan.refused is None for plan in plans):
         raise BadInput(
             "carriers", checked.carriers, "cannot carry this knowledge", plans[0].refused or "use others"
@@ -87,7 +92,7 @@ def compare(
         return _run(job, plans, base, raw, quiet)
 
 
-def _plans(recipe: Recipe, job: Job) -> list[Plan]:
+def _plans(recipe: Recipe, job: Job, base: Path) -> list[Plan]:
     """Check every carrier's name and arguments; the untouched model comes first and the reference is always there."""
     entries: list[Any] = list(recipe.carriers)
     if not entries:
@@ -106,6 +111,10 @@ def _plans(recipe: Recipe, job: Job) -> list[Plan]:
             raise BadInput(f"{where}.uses", node.get("uses"), "is no carrier's name", "write {uses: lora}")
         cls = find_carrier(node["uses"], where)
         arguments = check_arguments(cls, node.get("with"), f"{where}.with")
+        named = cls(**arguments).models()
+        for key, value in arguments.items():
+            if isinstance(value, str) and value in named:
+                arguments[key] = os.fspath(beside(base, value, Path))
         label = slug_of(str(node.get("name") or cls.name))
         if not label.replace("-", "").replace(".", "").isalnum():
             raise BadInput(
@@ -113,12 +122,12 @@ def _plans(recipe: Recipe, job: Job) -> list[Plan]:
             )
         if label in [plan.label for plan in plans]:
             raise BadInput(where, label, "is there twice", "give each a `name` of its own")
-        refused = None
+        carrier, refused = cls(**arguments), None
         try:
-            cls(**arguments).check(job.knowledge)
+            carrier.check(job.knowledge)
         except NotApplicable as error:
             refused = str(error)
-        plans.append(Plan(cls.name, label, cls, arguments, refused))
+        plans.append(Plan(cls.name, label, carrier, arguments, refused))
     return sorted(plans, key=lambda plan: _rank(plan, recipe))
 
 
@@ -128,24 +137,33 @@ def _rank(plan: Plan, recipe: Recipe) -> int:
     return first.index(plan.uses) if plan.uses in first else len(first)
 
 
-def _check_model(recipe: Recipe) -> None:
-    """Find the model (downloading it now, if it must be) before any work is done."""
-    from ..core.models import check_spec
+def _check_models(recipe: Recipe, plans: list[Plan]) -> None:
+    """Find the models (downloading them now, if it must be) before any work is done."""
+    from ..core.models import check_spec, load_tokenizer
 
     check_spec(recipe.model, dtype=recipe.dtype, device=recipe.device)
+    if recipe.chat and not load_tokenizer(recipe.model).chat_template:
+        raise BadInput("chat", True, "needs a tokenizer with a chat template", "leave it out for this model")
+    for plan in plans:
+        for name in plan.carrier.models():
+            check_spec(name)
 
 
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Refuse to work in a folder where another comparison is at work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+b") as stream:
+    with disk_guard(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / ".lock", "a+b")  # noqa: SIM115  closed below
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(
                 "output", str(folder), "is in use by another comparison", "wait, or use another folder"
             ) from None
+        for left in [*(folder / "carriers").glob(".*.tmp"), *(folder / "carriers").glob(".*.old")]:
+            shutil.rmtree(left, ignore_errors=True)  # of a carrier that was killed
         yield
 
 
@@ -156,16 +174,16 @@ def _run(
 
     started = time.time()
     model = fingerprint(job.recipe.model)
-    keys = {plan.label: _key(plan, job, model) for plan in plans}
+    files = _text_files(job.recipe.model)
+    keys = {plan.label: _key(plan, job, [model, files]) for plan in plans}
     records: dict[str, dict[str, Any]] = {}
     for plan in plans:
         if plan.refused is not None:
             records[plan.label] = _missed(plan, "not applicable", plan.refused)
         elif (found := _finished(job.folder / "carriers" / plan.label, keys[plan.label])) is not None:
             records[plan.label] = found
-    answers = job.folder / "work" / f"base-{keys['none'][:12]}.json"  # what the others are measured against
-    if "none" in records and not answers.is_file():
-        del records["none"]
+    base_key = next(keys[plan.label] for plan in plans if plan.uses == "none")
+    answers = job.folder / "work" / f"base-{base_key[:12]}.json"  # what the others are measured against
     todo = [plan for plan in plans if plan.label not in records]
     if not answers.is_file():
         todo = [plan for plan in plans if plan.refused is None]
@@ -177,7 +195,7 @@ def _run(
 
         def request(plan: Plan) -> dict[str, Any]:
             return {
-                "recipe": {**asdict(job.recipe), "carriers": []},
+                "recipe": {**asdict(job.recipe), "carriers": [{"uses": plan.uses, "with": plan.arguments}]},
                 "base": str(base),
                 "answers": str(answers),
                 "output": str(job.folder),
@@ -189,6 +207,8 @@ def _run(
                 },
                 "key": keys[plan.label],
                 "model": model,
+                "files": files,
+                "settings": job.settings,
             }
 
         def finish(plan: Plan, outcome: dict[str, Any]) -> None:
@@ -202,8 +222,8 @@ def _run(
             table.add(written[plan.label])
 
         # The long ones early, so that no process is left with one at the end.
-        todo.sort(key=lambda plan: (_rank(plan, job.recipe), -plan.cls.effort))
-        tasks = [Task(plan.label, plan, plan.cls.effort, plan.cls.shares) for plan in todo]
+        todo.sort(key=lambda plan: (_rank(plan, job.recipe), -plan.carrier.effort))
+        tasks = [Task(plan.label, plan, plan.carrier.effort, plan.carrier.shares) for plan in todo]
         run_tasks(tasks, request, finish, table, log=job.folder / "worker.log", jobs=_jobs(job.recipe))
     done = _write_records(job, plans, records)
     _write_report(job, done, model, raw, time.time() - started)
@@ -219,21 +239,35 @@ def _jobs(recipe: Recipe) -> int:
 
 
 def _title(plan: Plan) -> str:
-    return plan.cls.title if plan.label == plan.cls.name else f"{plan.cls.title} ({plan.label})"
+    title = plan.carrier.title
+    return title if plan.label == plan.uses else f"{title} ({plan.label})"
 
 
-def _key(plan: Plan, job: Job, model: str) -> str:
-    """Hash of all that decides a carrier's record."""
-    return sha256_json([plan.uses, plan.arguments, job.settings, model, __version__])
+def _key(plan: Plan, job: Job, model: list[str]) -> str:
+    """Hash of all that decides a carrier's record. Latencies depend on how many carriers run side by side."""
+    from ..core.models import fingerprint
+
+    others = [[fingerprint(name), _text_files(name)] for name in plan.carrier.models()]
+    parts = [plan.uses, plan.arguments, job.settings, model, others, _jobs(job.recipe), __version__]
+    return sha256_json(parts)
+
+
+def _text_files(model: str) -> str:
+    """Hash of what a model's folder holds besides weights: tokenizer, chat template, generation settings."""
+    from ..core.models import resolve
+
+    kinds = {".json", ".jinja", ".model", ".txt"}
+    files = sorted(p for p in resolve(model).iterdir() if p.suffix in kinds and p.is_file())
+    return sha256_json([(p.name, sha256_file(p)) for p in files])
 
 
 def _finished(folder: Path, key: str) -> dict[str, Any] | None:
     """The record in `folder`, if the same key made it."""
     try:
-        record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return record if record.get("key") == key else None
+    return record if isinstance(record, dict) and record.get("key") == key else None
 
 
 def _missed(plan: Plan, status: str, reason: str) -> dict[str, Any]:
@@ -249,10 +283,10 @@ def _missed(plan: Plan, status: str, reason: str) -> dict[str, Any]:
         "status": status,
         "reason": reason,
         "baseline": False,
-        "uses_context": plan.cls.uses_context,
-        "access": list(plan.cls.access),
-        "reversible": plan.cls.reversible,
-        "method": plan.cls.method,
+        "uses_context": plan.carrier.uses_context,
+        "access": list(plan.carrier.needs()),
+        "reversible": plan.carrier.reversible,
+        "method": plan.carrier.method,
         "arguments": plan.arguments,
         "recall": {"prompt": None, "paraphrase": None},
         "locality": {"neighbours": None, "unrelated": None, "all": None},
@@ -315,7 +349,9 @@ def _write_report(
         "hardware": hardware(),
         "seconds": sum(r.get("seconds") or 0.0 for r in records) or seconds,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "recipe": yaml.safe_dump(json.loads(json.dumps(raw, default=str)), sort_keys=False),
+        "recipe": yaml.safe_dump(
+            json.loads(json.dumps(raw, default=str)), sort_keys=False, allow_unicode=True
+        ),
     }
     atomic_write(job.folder / "comparison.json", json.dumps(context, indent=1, default=str))
     write_report(records, context, job.folder)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.errors import BadInput
 from ..core.metrics import perplexity
-from ..core.models import load
+from ..core.models import fingerprint, load
 from ..core.pruning import prune
 from ..core.streams import check_vocabularies
 from ..core.taps import decoder_layers
@@ -39,6 +39,11 @@ class _SmallExpert(Carrier):
     """
 
     access = ("logits", "training data")
+    usage = (
+        "from peft import PeftModel\n\n"
+        "# small: the recipe's `small`, or transfuse.core.pruning.prune(model, layers=...) with a third of the blocks\n"
+        'expert = PeftModel.from_pretrained(small, "adapter")'
+    )
     effort = 90.0
 
     def __init__(
@@ -47,6 +52,8 @@ class _SmallExpert(Carrier):
     ):  # fmt: skip
         if small is not None and layers is not None:
             raise BadInput("layers", layers, "does not go with `small`", "give one of the two")
+        if layers is not None and layers < 1:
+            raise BadInput("layers", layers, "is below 1", "give a number of blocks to keep")
         self.small, self.layers = small, layers
         self.rank, self.lr, self.epochs = rank, lr, epochs
         self.rehearsal, self.batch_size = rehearsal, batch_size
@@ -55,6 +62,14 @@ class _SmallExpert(Carrier):
         """Numbers must be in their ranges."""
         self._teacher().check(knowledge)
 
+    def needs(self) -> tuple[str, ...]:
+        """The weights too, where the small model is cut out of them."""
+        return self.access if self.small is not None else ("weights", *self.access)
+
+    def models(self) -> tuple[str, ...]:
+        """The small model, if it is one of its own."""
+        return () if self.small is None else (self.small,)
+
     @abstractmethod
     def steered(self, bench: Bench, expert: Any, small: Any) -> Any:
         """The method, from the taught small model and the same untaught."""
@@ -62,7 +77,8 @@ class _SmallExpert(Carrier):
     def install(self, bench: Bench) -> Answerer:
         """Teach a copy of the small model; the large one stays as it is."""
         small = self._small(bench)
-        taught = self._teacher().install(bench.beside(copy.deepcopy(small), self.small or f"{self.layers}"))
+        name = f"{self.layers} blocks" if self.small is None else fingerprint(self.small)
+        taught = self._teacher().install(bench.beside(copy.deepcopy(small), name))
         assert isinstance(taught, Plain)
         return _Steered(bench, self.steered(bench, taught.model, small), taught)
 

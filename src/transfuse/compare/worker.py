@@ -58,23 +58,39 @@ def _bytes_in(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name not in skipped)
 
 
+def _usage(lines: str, recipe: Any) -> str:
+    """Lines for the model card: the model as it was loaded here, then the carrier's own."""
+    options = "".join(
+        f", {name}={value!r}" for name, value, usual in
+        (("dtype", recipe.dtype, "auto"), ("device", recipe.device, "cpu")) if value != usual
+    )  # fmt: skip
+    imports, _, rest = lines.partition("\n\n")
+    loading = f"model, tokenizer = transfuse.load({recipe.model!r}{options})"
+    return f"import transfuse\n{imports}\n\n{loading}\n{rest}" if lines else ""
+
+
 def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[str, Any]:
     """Load the model, install one carrier, measure it, and write its folder (with `record.json`) atomically.
 
     Args:
         request: `recipe` (fields), `base` (folder of relative files), `output`, `answers` (file of the untouched
-            model's answers), `carrier` (uses, with, label), `key`, `model` (its fingerprint).
+            model's answers), `carrier` (uses, with, label), `key`, `model` (its fingerprint), `files`
+            (hash of its tokenizer and other files), `settings` (the job's).
         told: Called with the name of each stage.
 
     Returns:
         The record.
+
+    Raises:
+        BadInput: the inputs are no longer those of the request; whatever the carrier raises.
     """
     import torch
 
+    from ..core.errors import BadInput
     from ..core.fields import from_mapping
     from ..core.files import atomic_dir, atomic_write
     from ..core.generate import check_length
-    from ..core.lineage import write_lineage
+    from ..core.lineage import jsonable, write_lineage
     from ..core.models import load
     from ..core.training import seeded
     from .carriers import Bench, NoCarrier, find_carrier
@@ -85,6 +101,11 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
     recipe = from_mapping(Recipe, request["recipe"])
     output, answers = Path(request["output"]), Path(request["answers"])
     job = read_job(recipe, Path(request["base"]), output)
+    if job.settings != request["settings"]:
+        raise BadInput(
+            "knowledge", recipe.knowledge.facts or recipe.knowledge.questions,
+            "or another input file changed while the comparison ran", "run it again",
+        )  # fmt: skip
     spec = request["carrier"]
     carrier = find_carrier(spec["uses"])(**spec["with"])
     told("load")
@@ -92,7 +113,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
     tokens = length_of_answers(job, tokenizer)
     for item in job.knowledge.items:
         check_length(model, len(tokenizer(item.prompt)["input_ids"]) + tokens, f"knowledge: {item.id}")
-    bench = Bench(model, tokenizer, job, request["model"])
+    bench = Bench(model, tokenizer, job, f"{request['model']} {request['files']}")
     target = output / "carriers" / spec["label"]
     with seeded(recipe.seed), atomic_dir(target) as folder:
         told("install")
@@ -120,7 +141,7 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
             "reason": None,
             "baseline": isinstance(carrier, NoCarrier),
             "uses_context": carrier.uses_context,
-            "access": list(carrier.access),
+            "access": list(carrier.needs()),
             "reversible": carrier.reversible,
             "method": carrier.method,
             "arguments": vars(carrier),
@@ -134,13 +155,17 @@ def run_carrier(request: dict[str, Any], told: Callable[[str], None]) -> dict[st
             "key": request["key"],
             "seconds": time.perf_counter() - start,
         }
-        (folder / "record.json").write_text(json.dumps(record, default=str), encoding="utf-8")
+        record = jsonable(record)  # what is not finite becomes null
+        (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
         write_lineage(
             folder,
             method=carrier.method or spec["uses"],
             arguments=vars(carrier),
             inputs={"recipe": asdict(recipe), "knowledge": job.knowledge.hash, "model": request["model"]},
             seed=recipe.seed,
+            base_model=recipe.model,
+            summary=f"{record['title']}: what `transfuse compare` stored of it.",
+            usage=_usage(carrier.usage, recipe),
             measurements={
                 k: record[k] for k in ("recall", "locality", "perplexity", "install_seconds", "stored_bytes")
             },
@@ -175,6 +200,8 @@ def _child(line: bytes, out: IO[str]) -> int:
 def main() -> int:
     """Serve requests until standard input closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints goes to standard error, not between the messages
     import peft  # noqa: F401
     import torch  # noqa: F401
     import transformers.generation.utils
@@ -183,16 +210,12 @@ def main() -> int:
     from . import carriers
 
     carriers.carriers()
-    sys.stdout.write(json.dumps({"ready": True}) + "\n")
-    sys.stdout.flush()
     requests = os.fdopen(os.dup(0), "rb")
     for line in iter(requests.readline, b""):
         child = os.fork()
         if child == 0:
-            out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-            os.dup2(2, 1)  # whatever a library prints goes to standard error, not between the messages
-            code = _child(line, out)
-            out.close()
+            code = _child(line, messages)
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
         while True:
@@ -203,8 +226,8 @@ def main() -> int:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return 0
-        sys.stdout.write(json.dumps({"exit": os.waitstatus_to_exitcode(status)}) + "\n")
-        sys.stdout.flush()
+        messages.write(json.dumps({"exit": os.waitstatus_to_exitcode(status)}) + "\n")
+        messages.flush()
     return 0
 
 

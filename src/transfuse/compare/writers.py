@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,9 +12,11 @@ import torch
 
 from ..core.data import Fact
 from ..core.errors import BadInput, NotApplicable
+from ..core.files import sha256_json
 from ..core.generate import predicted_tokens
+from ..core.retrieval import BM25, passage_text
 from .answerer import Answerer, Plain
-from .carriers import Bench, Carrier, write_documents
+from .carriers import Bench, Carrier, check_k, write_documents
 from .job import Knowledge
 
 __all__: list[str] = []
@@ -26,14 +29,25 @@ class _ParametricRAG(Carrier):
     method = "parametric-rag"
     effort = 45.0
     shares = "parametric-rag"
+    usage = (
+        "from transfuse.core.data import read_documents\nfrom transfuse.core.retrieval import BM25\n"
+        "from transfuse.inject.parametric_rag import AdapterStore\n\n"
+        'index = BM25(read_documents("documents.jsonl"))\n'
+        "found = [hit.document for hit in index.search([question], 1)[0]]\n"
+        'handle = AdapterStore("adapters").apply(model, found)  # handle.rollback() takes them off again'
+    )
     mode: ClassVar[Literal["parametric", "combine"]]
 
     def __init__(self, *, k: int = 1, rank: int = 2, alpha: float = 32.0, lr: float = 3e-4, epochs: int = 4):
         self.k, self.rank, self.alpha, self.lr, self.epochs = k, rank, alpha, lr, epochs
 
     def check(self, knowledge: Knowledge) -> None:
-        """Every document must have a lesson to be learnt from."""
-        taught = {item.document for item in knowledge.items}
+        """Every document must have a lesson to be learnt from, numbers must be in their ranges."""
+        check_k(self.k, knowledge)
+        for name in ("rank", "alpha", "lr", "epochs"):
+            if not getattr(self, name) > 0:
+                raise BadInput(name, getattr(self, name), "is not positive", "give a number above 0")
+        taught = {key for item in knowledge.items for key in item.documents}
         for document in knowledge.documents:
             if document.id not in taught:
                 raise NotApplicable(
@@ -42,21 +56,16 @@ class _ParametricRAG(Carrier):
                     "is a document no question is about",
                     "add a question or leave it out",
                 )
-        if not 1 <= self.k <= len(knowledge.documents):
-            raise BadInput(
-                "k", self.k, f"does not fit {len(knowledge.documents)} documents", "use 1 up to that many"
-            )
 
     def install(self, bench: Bench) -> Answerer:
         """Train one adapter per document, unless the other mode's run has left them."""
-        from ..core.files import sha256_json
-        from ..core.retrieval import BM25
         from ..inject.parametric_rag import DocumentParameterizer, Given, ParametricRAG, Triple
 
         triples: dict[str, list[Any]] = {}
         for lesson in bench.knowledge.lessons:
-            for wording in (lesson.prompt, *lesson.paraphrases):
-                triples.setdefault(str(lesson.document), []).append(Triple(wording, lesson.target))
+            for key in lesson.documents:
+                for wording in (lesson.prompt, *lesson.paraphrases):
+                    triples.setdefault(key, []).append(Triple(wording, lesson.target))
 
         def render(prompt: str, passages: Any) -> str:
             return bench.prompts(prompt, "\n".join(passages) or None)
@@ -93,13 +102,14 @@ class _Merged(Plain):
 
     def __init__(self, bench: Bench, rag: Any, folder: Path):
         def store(target: Path) -> None:
-            shutil.copytree(folder, target / "adapters")
+            shutil.copytree(
+                folder, target / "adapters", ignore=shutil.ignore_patterns(".*")
+            )  # locks, leavings
             write_documents(target, bench.knowledge.documents)
 
         def render(prompt: str) -> str:
-            hits = rag.retrieve([prompt])[0]
-            shown = "\n".join(hit.document.text for hit in hits) if rag.mode == "combine" else None
-            return bench.prompts(prompt, shown)
+            hits = rag.retrieve([prompt])[0] if rag.mode == "combine" else []
+            return bench.prompts(prompt, "\n".join(passage_text(hit.document) for hit in hits))
 
         super().__init__(bench.model, bench.tokenizer, render, store)
         self.rag = rag
@@ -131,6 +141,7 @@ class _Edited(Carrier):
 
     access = ("weights",)
     effort = 30.0
+    usage = 'from transfuse.edit import load_edit\n\nhandle = load_edit("edit", model, tokenizer)'
     mode: ClassVar[Literal["batch", "sequential"]] = "batch"
 
     def __init__(self, *, wordings: bool = False, settings: dict[str, Any] | None = None):
@@ -161,6 +172,7 @@ class _Edited(Carrier):
                 for i, wording in enumerate(fact.paraphrases)
                 if fact.subject in wording
             ]
+        facts = [replace(fact, prompt=bench.prompts(fact.prompt)) for fact in facts]  # as they will be asked
         handle = edit(bench.model, bench.tokenizer, facts, method=self.name, mode=self.mode, **self.settings)
         return bench.plain(
             render=lambda prompt: bench.prompts(handle.rewrite(prompt)),
