@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -190,6 +191,63 @@ def test_stop_texts_end_a_row_and_are_left_off(smollm):
     assert stop in full[1].text or short[1] == full[1]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[token] for token in range(3, 90)]},
+        {"suppress_tokens": list(range(90))},
+        {"return_dict_in_generate": True},
+        {"forced_eos_token_id": 2},
+    ],
+)
+def test_settings_of_the_model_do_not_act(tiny_lm, tiny_tokenizer, setting):
+    """The likeliest token is taken, and a schema held to, whatever the model's generation configuration says."""
+    listed = {"type": "array", "items": {"enum": ["x", "y"]}, "minItems": 6, "maxItems": 6}
+    plain, other = tiny_lm("llama"), tiny_lm("llama")
+    for name, value in setting.items():
+        setattr(other.generation_config, name, value)
+    for options in ({"max_tokens": 10}, {"max_tokens": 60, "schema": listed}):
+        wanted, got = (Local(m, tiny_tokenizer).complete(["The mayor"], **options) for m in (plain, other))
+        assert got == wanted
+    assert len(got[0].parsed) == 6
+
+
+def test_a_model_in_training_mode_answers_as_in_evaluation(tiny_lm, tiny_tokenizer):
+    model = tiny_lm("gpt2")
+    wanted = Local(model, tiny_tokenizer).complete(["The mayor of"], max_tokens=10)
+    model.train()
+    assert Local(model, tiny_tokenizer).complete(["The mayor of"], max_tokens=10) == wanted
+    assert all(module.training for module in model.modules())
+
+
+def test_a_long_prompt_is_refused_before_the_others_are_read(tiny_lm, tiny_tokenizer, monkeypatch):
+    model = tiny_lm("llama")
+    monkeypatch.setattr(model, "forward", None)  # would fail
+    with pytest.raises(BadInput, match="512 positions"):
+        Local(model, tiny_tokenizer, batch_size=1).complete(["short", "word " * 600], max_tokens=4)
+
+
+def test_identity_follows_settings_beside_the_weights(tiny_lm, tiny_tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_lm("llama")
+    backend = Local(model, tiny_tokenizer)
+    seen = [backend.identity]
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    seen.append(backend.identity)
+    model.generation_config.eos_token_id = [2, 50]
+    seen.append(backend.identity)
+    backend = Local(get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"])), tiny_tokenizer)
+    seen.append(backend.identity)
+    model.model.layers[0].mlp.down_proj.scaling["default"] = 3.0
+    seen.append(backend.identity)
+    assert len(set(seen)) == 5
+    model.config._name_or_path = "moved/elsewhere"
+    assert backend.identity == seen[-1]
+
+
 def test_identity_follows_weights_and_adapters(tiny_lm, tiny_tokenizer):
     from peft import LoraConfig, get_peft_model
 
@@ -213,6 +271,12 @@ def test_local_refuses_what_it_cannot_do(tiny_lm, tiny_tokenizer):
         backend.complete(["word " * 600], max_tokens=4)
     with pytest.raises(BadInput, match="cannot be enforced"):
         backend.complete(["x"], max_tokens=4, schema={"not": {"type": "string"}})
+    with pytest.raises(BadInput, match="batch_size = 0 is not a whole number"):
+        Local(backend.model, tiny_tokenizer, batch_size=0)
+    endless, ends = tiny_lm("llama"), copy.deepcopy(tiny_tokenizer)
+    endless.generation_config.eos_token_id = ends.eos_token = None
+    with pytest.raises(BadInput, match="has no token that ends a text; set"):
+        Local(endless, ends).complete(["x"], max_tokens=4, schema={"type": "boolean"})
     assert backend.usage.answers == 0
 
 
@@ -289,13 +353,19 @@ def test_refusals_say_what_to_change(server, monkeypatch):
         (400, BadInput, "was refused by .*too long"),
         (429, Unavailable, r"kept failing \(status 429\)"),
         (502, Unavailable, r"kept failing \(status 502\)"),
+        (408, Unavailable, r"kept failing \(status 408\)"),
     ]
     for status, kind, message in cases:
         server.plan = [(status, {"message": "too long"}, 0.0)]
         with pytest.raises(kind, match=message) as caught:
             backend.complete(["hello"], max_tokens=5)
         assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
-    for body in (b"<html>a login page</html>", b"[]", b"{}"):
+    broken = [
+        b"<html>a login page</html>", b"[]", b"{}", b"\xff\xfe{", b'{"choices": [null]}', b'{"choices": {"a": 1}}',
+        b'{"choices": [{"index": 0}]}', b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}',
+    ]  # fmt: skip
+    for body in broken:
         server.body = body
         with pytest.raises(Unavailable, match="does not speak the chat protocol"):
             backend.complete(["hello"], max_tokens=5)
@@ -322,7 +392,11 @@ def test_equal_prompts_are_sampled_with_seeds_of_their_own(server):
     OpenAICompatible(server.url, "small", concurrency=1).complete(
         ["a", "b", "a"], max_tokens=5, temperature=1.0, seed=4
     )
-    assert [body["seed"] for _, _, body in server.requests] == [4, 4, 5]
+    [first, other, again] = [body["seed"] for _, _, body in server.requests]
+    assert first == other == 4 != again and 0 <= again < 2**31
+    for seed in (0, 1):  # neighbouring seeds are other samples, not the same ones moved by one
+        OpenAICompatible(server.url, "small").complete(["c"] * 5, max_tokens=5, temperature=1.0, seed=seed)
+    assert len({body["seed"] for _, _, body in server.requests[3:]}) == 10
 
 
 def test_unreachable_and_ill_configured_servers():
@@ -332,12 +406,51 @@ def test_unreachable_and_ill_configured_servers():
         OpenAICompatible("http://127.0.0.1:9/v1", "small", api_key_env="NO_SUCH_KEY_HERE")
     with pytest.raises(BadInput, match="is not a URL"):
         OpenAICompatible("localhost:8000", "small")
+    with pytest.raises(BadInput, match="is not a URL"):
+        OpenAICompatible("http://localhost:port/v1", "small")
+    for name, value in {"concurrency": 0, "retries": -1, "timeout": 0}.items():
+        with pytest.raises(BadInput, match=f"^{name} = {value} is not"):
+            OpenAICompatible("http://127.0.0.1:9/v1", "small", **{name: value})
+
+
+def test_keys_as_files_hold_them(server, monkeypatch):
+    monkeypatch.setenv("A_KEY", "s3cret\n")
+    OpenAICompatible(server.url, "small", api_key_env="A_KEY", retries=0).complete(["x"], max_tokens=5)
+    assert server.requests[0][1] == "Bearer s3cret"
+    monkeypatch.setenv("A_KEY", "s3cr\u00e9t")
+    with pytest.raises(BadInput, match="holds characters that no key has") as caught:
+        OpenAICompatible(server.url, "small", api_key_env="A_KEY")
+    assert "s3cr" not in str(caught.value)
 
 
 def test_a_server_that_counts_no_tokens(server):
-    server.usage = None
-    [answer] = OpenAICompatible(server.url, "small").complete(["x"], max_tokens=5)
-    assert (answer.input_tokens, answer.output_tokens) == (0, 0)
+    for usage, read in ((None, 0), ({}, 0), ({"prompt_tokens": 3}, 3), ({"prompt_tokens": None}, 0)):
+        server.usage = usage
+        [answer] = OpenAICompatible(server.url, "small").complete(["x"], max_tokens=5)
+        assert (answer.input_tokens, answer.output_tokens) == (read, 0)
+
+
+def test_half_characters_of_a_server_are_replaced(server, tmp_path):
+    """A text cut inside a surrogate pair can be neither stored nor tokenized."""
+    server.text = "ab\ud83d"
+    backend = cached(OpenAICompatible(server.url, "small"), tmp_path)
+    assert backend.complete(["x"], max_tokens=5)[0].text == "ab\ufffd"
+    assert backend.complete(["x"], max_tokens=5)[0].cached
+    server.text = r'{"a": "\ud83d"}'
+    [answer] = backend.complete(["y"], max_tokens=5, schema={"type": "object"})
+    assert answer.parsed is None and answer.text == server.text
+
+
+def test_prompts_of_next_tokens_are_checked(server):
+    backend = OpenAICompatible(server.url, "small")
+    for prompts, message in (
+        ("ab", "is one prompt; give a list"),
+        ([[]], r"prompts\[0\] = \[\] is not a prompt"),
+        ([None], r"prompts\[0\] = None is not a prompt"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            backend.next_tokens(prompts, top=2)
+    assert not server.requests
 
 
 # Requests, script, cache.
@@ -363,6 +476,7 @@ def test_a_server_that_counts_no_tokens(server):
         (["x"], {"seed": -1}, "seed = -1"),
         (["x"], {"schema": {"type": "nonsense"}}, "is not a JSON schema"),
         (["x"], {"schema": 3}, "is not a JSON schema"),
+        (["a\ud800"], {}, r"prompts\[0\] = .* holds half a character"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_is_asked(prompts, options, message):
@@ -389,6 +503,14 @@ def test_parse_json():
     assert parse_json("[1, 2]", schema) == [1, 2]
     assert parse_json("Here you are:\n```json\n[3]\n```\nGood?", schema) == [3]
     assert parse_json('["a"]', schema) is None and parse_json("[1,", schema) is None
+    fenced = '```json\n["```python\\nx\\n```", "y"]\n```'  # a fence inside a string ends nothing
+    assert parse_json(fenced, {}) == ["```python\nx\n```", "y"]
+    assert parse_json("```json\n[3]", schema) is None and parse_json("```json\n[3] and\n```", schema) is None
+
+
+@pytest.mark.parametrize("text", ["NaN", '{"a": -Infinity}', "1e999", r'["\ud800"]', "[" * 100_000])
+def test_what_json_cannot_hold_is_not_parsed(text):
+    assert parse_json(text, {}) is None
 
 
 def test_cache_hits_ask_nothing(tmp_path):

@@ -329,6 +329,48 @@ def test_encoder_decoders_are_refused():
         decode([Stream(T5ForConditionalGeneration(config), torch.tensor([[3]]))], only, max_new_tokens=1)
 
 
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_virtual_tokens_are_refused(tiny_lm, kind):
+    """PEFT puts them before whatever is read: over a cache they would come again at each token, or not at all."""
+    import peft
+
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, ids = peft.get_peft_model(tiny_lm("llama"), settings), torch.tensor([[3, 4, 5]])
+    with pytest.raises(
+        NotApplicable, match=r"streams\[0\].model = 'PeftModelForCausalLM' has virtual tokens"
+    ):
+        decode([Stream(model, ids)], only, max_new_tokens=2)
+
+    def custom(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        streams = [Stream(model, input_ids)]
+        return decode_prepared(streams, only, logits_processor, stopping_criteria, generation_config, kwargs)
+
+    with pytest.raises(NotApplicable, match="has virtual tokens"):
+        model.generate(input_ids=ids, max_new_tokens=2, custom_generate=custom)
+    base = model.get_base_model()
+    assert decode([Stream(base, ids)], only, max_new_tokens=2).shape == (1, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_models_in_training_mode_are_read_in_evaluation_mode(tiny_lm, options):
+    model = tiny_lm("gpt2")
+    streams = [stream(model, prompts(1, [5, 9])), stream(model, prompts(2, [7, 3]))]
+    out = decode(streams, blend, max_new_tokens=NEW, **options)
+    expected = follow(streams, blend, out)
+    model.train()
+    model.transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(decode(streams, blend, max_new_tokens=NEW, **options), out)
+    assert torch.equal(follow(streams, blend, out).logprobs, expected.logprobs)
+
+    def fail(logits):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        decode(streams, fail, max_new_tokens=NEW, **options)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_vocabularies_are_compared_id_by_id(tiny_tokenizer):
     import copy
 

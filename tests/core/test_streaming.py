@@ -126,6 +126,18 @@ def test_a_failure_ends_the_streamers(streams):
     assert [(len(k.values), k.ends) for k in kept] == [(1, 1)] * 3
 
 
+def test_a_streamer_that_cannot_end_keeps_none_waiting():
+    class Broken(Kept):
+        def end(self):
+            super().end()
+            raise BrokenPipeError
+
+    kept = [Kept(), Broken(), Kept(), Broken()]
+    with pytest.raises(BrokenPipeError):
+        RowStreamers(kept).end()
+    assert [k.ends for k in kept] == [1] * 4
+
+
 def test_as_custom_generate_and_refusals(streams):
     model, ids, mask = streams[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from transfuse.core.data import QA, Document
 from transfuse.core.errors import BadInput, CorruptFile, IncompatibleModels, TrainingDiverged
 from transfuse.core.files import read_tensors, write_tensors
 from transfuse.core.generate import generate_texts, target_nll
-from transfuse.core.llm import Scripted
+from transfuse.core.llm import Local, Scripted
+from transfuse.core.llm.backend import completion
 from transfuse.core.metrics import perplexity
 from transfuse.core.retrieval import BM25, Hit
-from transfuse.inject import _encode
+from transfuse.inject import _encode, _lora, transfer
 from transfuse.inject._lora import initial_factors
 from transfuse.inject.parametric_rag import (
+    AdapterHandle,
     AdapterStore,
     Augmentation,
     DocumentParameterizer,
@@ -367,6 +370,30 @@ def test_other_questions_mean_encoding_again(model, tiny_tokenizer, tmp_path):
     )
 
 
+def test_a_skipped_document_leaves_no_adapter_and_can_come_back(model, tiny_tokenizer, tmp_path):
+    class Half(Given):
+        def augment(self, documents):
+            return [None if document.id == "a" else self._of(document) for document in documents]
+
+        def keys(self, documents):
+            return ["other"] * len(documents)
+
+    first = Given(TRIPLES)
+    made = DocumentParameterizer(model, tiny_tokenizer, first).encode(DOCUMENTS[:2], tmp_path / "s")
+    DocumentParameterizer(model, tiny_tokenizer, Half(TRIPLES)).encode(DOCUMENTS[:2], made)
+    assert list(made.skipped) == [DOCUMENTS[0].hash] and DOCUMENTS[0] not in made and DOCUMENTS[1] in made
+    DocumentParameterizer(model, tiny_tokenizer, first).encode(DOCUMENTS[:2], made)
+    assert not made.skipped and DOCUMENTS[0] in made
+
+
+def test_a_store_need_not_be_writable_to_be_read(model, tiny_tokenizer, store, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with AdapterStore(store.folder).apply(model, DOCUMENTS[:1]) as handle:
+        assert handle.active
+    with pytest.raises(BadInput, match=r"store = .* cannot be written"):
+        parameterizer(model, tiny_tokenizer).encode(DOCUMENTS, store.folder)
+
+
 def test_a_store_belongs_to_one_model_initialisation_and_training(tiny_lm, model, tiny_tokenizer, store):
     with pytest.raises(IncompatibleModels, match="another base model"):
         parameterizer(tiny_lm("llama", layers=2, seed=1), tiny_tokenizer).encode(DOCUMENTS, store)
@@ -384,6 +411,22 @@ def test_a_store_belongs_to_one_model_initialisation_and_training(tiny_lm, model
     assert extra in store
     with pytest.raises(IncompatibleModels, match="is not the model that"):
         store.apply(tiny_lm("llama", layers=2, seed=1), DOCUMENTS[:1])
+
+
+def test_an_initialisation_that_does_not_fit_is_refused_before_any_work(model, tiny_tokenizer, tmp_path):
+    class Asked(Given):
+        def augment(self, documents):
+            raise AssertionError("asked")
+
+    shapes = {name: (a.shape[1], b.shape[0]) for name, (a, b) in parameterizer(model, tiny_tokenizer).warm_up(
+        TRIPLES["a"]).items()}  # fmt: skip
+    wider = initial_factors(shapes, rank=4, seed=0)
+    fewer = dict(list(initial_factors(shapes, rank=2, seed=0).items())[1:])
+    for initial in (wider, fewer):
+        encoder = DocumentParameterizer(model, tiny_tokenizer, Asked(TRIPLES), initial=initial)
+        with pytest.raises(IncompatibleModels, match=r"^initial = .* layers at rank 2; give one"):
+            encoder.encode(DOCUMENTS, tmp_path / "s")
+    assert not (tmp_path / "s").exists()  # bound to such a start it would refuse every other
 
 
 def test_warm_up_is_a_new_initialisation(model, tiny_tokenizer, store, tmp_path):
@@ -517,6 +560,61 @@ def test_same_documents_share_a_batch_and_weights_follow_the_rank(model, tiny_to
         assert r not in (p, q)
         with store.apply(model, [DOCUMENTS[1], DOCUMENTS[0]], weights=factors):
             assert float(model(torch.tensor([[5, 6]])).logits[0, -1, 0]) == pytest.approx(q, abs=1e-5)
+
+
+def test_a_document_that_stands_twice_is_added_once(model, tiny_tokenizer, store):
+    """Its copy yields its place to the next document, however many copies there are."""
+    copies = [Document(DOCUMENTS[0].text, title=DOCUMENTS[0].title, id=f"copy {i}") for i in range(5)]
+    documents = [DOCUMENTS[0], *copies, *DOCUMENTS[1:]]
+    retriever = Fixed(documents, {"p": [0, 1, 6, 2, 3, 4, 5, 7, 8], "q": [7, 6, 0, 1, 2, 3, 4, 5, 8]})
+    rag = ParametricRAG(model, retriever, store, tiny_tokenizer, k=2, render=cloze_prompt)
+    p, q = rag.retrieve(["p", "q"])
+    assert [hit.document.id for hit in p] == ["a", "b"] and [hit.document.id for hit in q] == ["c", "b"]
+    attached = rag.measure(["p"], lambda prompts, _: [model(torch.tensor([[5, 6]])).logits])[0]
+    with store.apply(model, sorted(DOCUMENTS[:2], key=lambda d: d.hash)):
+        assert torch.allclose(model(torch.tensor([[5, 6]])).logits, attached, atol=1e-6)
+    with pytest.raises(BadInput, match="k = 5 exceeds the 4 different documents"):
+        ParametricRAG(model, retriever, store, tiny_tokenizer, k=5).retrieve(["p"])
+
+
+@pytest.mark.parametrize("allocations", [0, 1, 3])
+def test_an_error_while_attaching_leaves_the_model_as_it_was(model, store, monkeypatch, allocations):
+    model.train()
+    model.model.layers[1].eval()
+    next(model.parameters()).requires_grad_(False)
+    before, own = weights(model), dict(model.named_modules())
+    kept = [
+        dict(vars(model)),
+        [m.training for m in own.values()],
+        [p.requires_grad for p in model.parameters()],
+    ]
+    zeros, left = torch.zeros, iter(range(allocations))
+
+    def scarce(*args, **kwargs):
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("no memory")
+        return zeros(*args, **kwargs)
+
+    factors = store.merged(DOCUMENTS[:2])
+    monkeypatch.setattr(_lora.torch, "zeros", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        AdapterHandle(model, factors, base="x", method="m")
+    monkeypatch.undo()
+    assert unchanged(model, before)
+    assert all(module is own[name] for name, module in model.named_modules())
+    now = [
+        dict(vars(model)),
+        [m.training for m in own.values()],
+        [p.requires_grad for p in model.parameters()],
+    ]
+    assert now == kept
+    with store.apply(model, DOCUMENTS[:1]):
+        pass
+    assert (
+        now == kept
+        and unchanged(model, before)
+        and all(module is own[name] for name, module in model.named_modules())
+    )
 
 
 def test_an_error_while_answering_leaves_no_adapter(model, tiny_tokenizer, store):
@@ -666,10 +764,15 @@ def test_bad_settings_and_documents(model, tiny_tokenizer, tmp_path):
 
     for settings in (
         {"rank": 0}, {"epochs": 0}, {"max_length": 0}, {"lr": 0.0}, {"alpha": -1.0}, {"plan": "all"},
-        {"targets": []}, {"targets": ["mlp"]}, {"targets": ["nothing"]}, {"targets": "up_proj"}, {"seed": -1},
+        {"epochs": 1.5}, {"rank": 2.0},
+        {"alpha": math.inf}, {"targets": []}, {"targets": ["mlp"]}, {"targets": ["nothing"]},
+        {"targets": "up_proj"}, {"seed": -1},
     ):  # fmt: skip
         with pytest.raises(BadInput, match=next(iter(settings))):
             encode(**settings)
+        if settings.keys() & {"rank", "epochs", "lr", "alpha", "seed"}:
+            with pytest.raises(BadInput, match=next(iter(settings))):
+                DocumentParameterizer(model, tiny_tokenizer, Given(TRIPLES), **settings).warm_up(TRIPLES["a"])
     with pytest.raises(BadInput, match="documents = "):
         encode([])
     with pytest.raises(BadInput, match=r"documents\[1\]: text"):
@@ -708,6 +811,7 @@ def test_bad_requests_for_answers(model, tiny_tokenizer, store, tmp_path):
 
     for settings, named in (
         ({"mode": "both"}, "mode"), ({"store": None}, "store"), ({"k": 5}, "k"), ({"k": 0}, "k"),
+        ({"batch_size": 0}, "batch_size"),
         ({"k": 2, "weights": [1.0]}, "weights"), ({"store": AdapterStore(tmp_path / "new")}, "is empty"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=named):
@@ -719,6 +823,13 @@ def test_bad_requests_for_answers(model, tiny_tokenizer, store, tmp_path):
     late = ParametricRAG(model, BM25([*DOCUMENTS, unknown]), store, tiny_tokenizer, k=1)
     with pytest.raises(BadInput, match=r"Lima .*is not in the store"):
         late.answer("Peru Lima")
+    answered = []
+    with pytest.raises(BadInput, match=r"Lima .*is not in the store"):
+        late.measure([*QUESTIONS, "Peru Lima"], lambda prompts, _: answered.append(prompts) or prompts)
+    assert not answered  # a missing document is noticed first
+    for length in (0, -1):
+        with pytest.raises(BadInput, match=f"max_new_tokens = {length} is below 1"):
+            rag().answer("who", max_new_tokens=length)
     with pytest.raises(BadInput, match="have no adapters"):
         store.apply(model, [])
     with pytest.raises(BadInput, match="weights"):
@@ -740,3 +851,29 @@ def test_divergence_keeps_what_is_done(model, tiny_tokenizer, tmp_path):
         encoder.encode([Document("good", id="a"), bad], tmp_path / "s")
     assert len(AdapterStore(tmp_path / "s")) == 1
     assert not hasattr(model, "peft_config")
+
+
+def test_an_interrupted_job_asks_the_model_once(model, tiny_tokenizer, tmp_path, monkeypatch):
+    """What the model wrote about the documents is kept beside the adapters."""
+    asked = []
+
+    def write(self, rows, options):
+        asked.extend(rows)
+        text = '{"questions": [{"question": "Who", "answer": "Ines", "full_answer": "It is Ines."}]}'
+        return [completion(text, 1, 1, False, options) for _ in rows]
+
+    monkeypatch.setattr(Local, "_answer", write)
+    rows = [json.dumps({"id": document.id, "text": document.text}) for document in DOCUMENTS]
+    (tmp_path / "documents.jsonl").write_text("\n".join(rows))
+    settings = {"documents": tmp_path / "documents.jsonl", "method": None, "output": tmp_path / "made"}
+    settings["scratch"] = tmp_path / "scratch"
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(
+            DocumentParameterizer, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        transfer(model, tiny_tokenizer, **settings)
+    assert len(asked) == 2 * len(DOCUMENTS)
+    transfer(model, tiny_tokenizer, **settings)
+    assert len(asked) == 2 * len(DOCUMENTS) and len(AdapterStore(tmp_path / "made" / "store")) == len(
+        DOCUMENTS
+    )

@@ -404,6 +404,22 @@ def test_bad_input_is_refused_before_decoding(tiny_lm, tiny_tokenizer, monkeypat
         )
 
 
+def test_models_that_cannot_be_streams_are_refused_by_name(tiny_lm, tiny_tokenizer):
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=400, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    prompted = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    for model, message in (
+        (T5ForConditionalGeneration(config), "T5ForConditionalGeneration' reads its prompt with an encoder"),
+        (get_peft_model(tiny_lm("llama", layers=1), prompted), "has virtual tokens of PEFT"),
+    ):
+        with pytest.raises(NotApplicable, match=message):
+            CKPlug(model, tiny_tokenizer).generate(QUERIES, CONTEXTS, max_new_tokens=2)
+
+
 def test_an_adapter_is_part_of_the_model(tiny_lm, tiny_tokenizer):
     """A PEFT model is steered with its adapter on, as the merged model would be."""
     from peft import LoraConfig, get_peft_model

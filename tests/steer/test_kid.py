@@ -336,6 +336,15 @@ def test_texts_longer_than_the_window(tiny_lm, tiny_tokenizer, window):
     assert method.generate(*inputs, max_new_tokens=10, batch_size=1) == answers
 
 
+def test_a_model_in_training_mode_is_read_in_evaluation_mode(tiny_lm, tiny_tokenizer):
+    model = tiny_lm("gpt2", layers=2)
+    method, inputs, _ = make(model, tiny_tokenizer)
+    answers = method.generate(*inputs, max_new_tokens=6)
+    model.train()
+    assert method.generate(*inputs, max_new_tokens=6) == answers
+    assert all(module.training for module in model.modules())
+
+
 def test_other_caches_are_refused(tiny_lm, tiny_tokenizer):
     model = tiny_lm("llama", layers=1)
     with pytest.raises(NotApplicable, match="StaticCache"):

@@ -12,8 +12,10 @@ are compared fairly between texts of different length.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +25,14 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from .beams import Beams, BeamSettings, Found
 from .errors import BadInput, NotApplicable
 from .groups import Group, Reading
+from .remote import BlackBox
+from .runs import evaluating
 from .streams import DRAWN_BEAMS, Stream, check_generation, checked, distinct, once, vocabulary_of
 
 __all__ = ["Combine", "Followed", "Stream", "decode", "decode_prepared", "follow"]
+
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
 
 Combine = Callable[[list[Tensor]], Tensor]
 """One `[B, V]` float32 tensor of next-token logits per stream -> scores `[B, V]`, row by row."""
@@ -43,11 +50,28 @@ class Followed(NamedTuple):
     logprobs: Tensor
 
 
+def _evaluated(
+    function: Callable[Concatenate[Sequence[Stream], Rest], Result],
+) -> Callable[Concatenate[Sequence[Stream], Rest], Result]:
+    """`function` without gradients, the streams' models in evaluation mode for as long as it runs."""
+
+    @functools.wraps(function)
+    def run(streams: Sequence[Stream], *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for stream in streams:
+                if not isinstance(stream.model, BlackBox):
+                    stack.enter_context(evaluating(stream.model))
+            return function(streams, *args, **kwargs)
+
+    return run
+
+
 def _drawn(scores: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
-@torch.no_grad()
+@_evaluated
 def decode(
     streams: Sequence[Stream],
     combine: Combine,
@@ -101,7 +125,7 @@ def decode(
         BadInput: no stream, unequal rows, an empty prompt, or more tokens than a model has positions; beam
             settings out of range.
         IncompatibleModels: a model that scores fewer tokens than the first stream's (more are cut off).
-        NotApplicable: an encoder-decoder model; beams that are drawn or streamed.
+        NotApplicable: an encoder-decoder model, or one with PEFT's virtual tokens; beams that are drawn or streamed.
     """
     if max_new_tokens < 1:
         raise BadInput("max_new_tokens", max_new_tokens, "is not a length", "give 1 or more")
@@ -150,7 +174,7 @@ def _reading(streams: Sequence[Stream], new_tokens: int, *, beams: int = 1, use_
     return Reading(read, width=width, device=device, copies=copies * beams, use_cache=use_cache)
 
 
-@torch.no_grad()
+@_evaluated
 def _search(
     streams: Sequence[Stream],
     combine: Combine,
@@ -280,7 +304,7 @@ def decode_prepared(
     )
 
 
-@torch.no_grad()
+@_evaluated
 def follow(
     streams: Sequence[Stream],
     combine: Combine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ class RowStreamers:
                 self.open.pop(row).end()
 
     def end(self) -> None:
-        """End the rows that are still open."""
-        while self.open:
-            self.open.popitem()[1].end()
+        """End the rows that are still open, all of them, also where one fails."""
+        with contextlib.ExitStack() as ends:
+            while self.open:
+                ends.callback(self.open.popitem()[1].end)

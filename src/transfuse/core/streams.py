@@ -35,7 +35,7 @@ class Stream(NamedTuple):
     """One model reading one batch of prompts.
 
     Attributes:
-        model: A decoder-only language model in eval mode, or one behind a server.
+        model: A decoder-only language model, or one behind a server.
         input_ids: `[B, T]` int64, padded on either side.
         attention_mask: `[B, T]`, 1 on tokens and 0 on padding; None where nothing is padded.
     """
@@ -52,7 +52,12 @@ class Stream(NamedTuple):
 
 
 def unpadded(stream: Stream) -> list[list[int]]:
-    """The prompts of a stream as lists of token ids, padding left out."""
+    """The prompts of a stream as lists of token ids, padding left out.
+
+    Raises:
+        NotApplicable: a model that cannot be a stream's, see `checked`.
+    """
+    _check_model(stream.model, "model")
     ids, mask = stream.input_ids, stream.attention_mask
     if mask is None:
         return ids.tolist()
@@ -175,6 +180,27 @@ def _place(model: PreTrainedModel | BlackBox) -> tuple[int | None, torch.device]
     return getattr(config, "max_position_embeddings", None), next(model.parameters()).device
 
 
+def _check_model(model: PreTrainedModel | BlackBox, name: str) -> None:
+    if isinstance(model, BlackBox):
+        return
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise NotApplicable(
+            name,
+            type(model).__name__,
+            "reads its prompt with an encoder, which the streams' shared positions cannot describe",
+            "use a decoder-only model",
+        )
+    # PEFT reads a learnt prompt or prefix with the model it wraps; while its `generate` runs, that model shows it.
+    reader = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
+    if getattr(getattr(reader, "active_peft_config", None), "is_prompt_learning", False):
+        raise NotApplicable(
+            name,
+            type(model).__name__,
+            "has virtual tokens of PEFT before its prompt, which the streams' masks, positions and caches lack",
+            "use an adapter in the layers (LoRA), or decode with the model's own generate",
+        )
+
+
 def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
     """The streams with their padding on the left, none to spare, on their models' devices.
 
@@ -185,7 +211,7 @@ def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
     Raises:
         BadInput: no stream, unequal rows, an empty prompt, or more tokens than a model has positions.
         IncompatibleModels: a model that scores fewer tokens than the first stream's.
-        NotApplicable: an encoder-decoder model.
+        NotApplicable: an encoder-decoder model, or one that PEFT puts virtual tokens before.
     """
     if not streams:
         raise BadInput("streams", [], "is empty", "give at least one (model, prompt) stream")
@@ -219,13 +245,7 @@ def checked(streams: Sequence[Stream], new_tokens: int) -> list[Stream]:
                 "is a prompt without tokens",
                 "give each row one token or more",
             )
-        if not isinstance(model, BlackBox) and getattr(model.config, "is_encoder_decoder", False):
-            raise NotApplicable(
-                f"streams[{n}].model",
-                type(model).__name__,
-                "reads its prompt with an encoder, which the streams' shared positions cannot describe",
-                "use a decoder-only model",
-            )
+        _check_model(model, f"streams[{n}].model")
         if result and model is not result[0].model:
             scored, expected = vocabulary_of(model), vocabulary_of(result[0].model)
             if scored is None or expected is None or scored < expected:

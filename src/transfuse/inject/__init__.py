@@ -40,7 +40,7 @@ def transfer(
         documents: File of documents.
         method: Takes model, retriever, store and tokenizer and returns an object with `answers(questions)`.
         output: Folder of the result; replaced at once.
-        scratch: Folder where adapters survive an interruption.
+        scratch: Folder where adapters, and what the model wrote for them, survive an interruption.
         seed: Of the adapters' common start, and of what the model writes.
         training: File of questions the documents are learnt from, `document_ids` naming theirs; by default the
             model writes its own.
@@ -58,7 +58,7 @@ def transfer(
     from ..core.data import read_documents, read_qa
     from ..core.files import atomic_dir, atomic_write
     from ..core.lineage import write_lineage
-    from ..core.llm import Local
+    from ..core.llm import Local, cached
     from ..core.metrics import contains_answer, token_f1
     from ..core.retrieval import BM25
     from ._augment import Augmenter, Given, LLMAugmenter, extract_answer
@@ -66,7 +66,8 @@ def transfer(
 
     texts = read_documents(documents)
     asked = read_qa(questions) if questions is not None else []
-    augmenter: Augmenter = LLMAugmenter(Local(model, tokenizer), seed=seed)
+    writer = cached(Local(model, tokenizer), scratch / "answers")
+    augmenter: Augmenter = LLMAugmenter(writer, seed=seed)
     if training is not None:
         augmenter = Given.from_qa(read_qa(training, argument="training"))
     encoder = DocumentParameterizer(

@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.data import Document
-from ..core.errors import BadInput
+from ..core.errors import BadInput, IncompatibleModels
 from ..core.files import sha256_json
 from ..core.models import fingerprint
 from ..core.retrieval import passage_text
-from ..core.runs import evaluating
+from ..core.runs import check_number, check_positive, evaluating
 from ..core.training import encode_examples, optimise
 from ._augment import Augmentation, Augmenter, Render, Triple, plan, prompt_for, target
 from ._lora import Factors, LoraSlot, initial_factors, target_modules
@@ -97,13 +97,12 @@ class DocumentParameterizer:
         Raises:
             BadInput: a setting out of range, an empty document, a sequence beyond `max_length`, a document
                 for which the augmenter gave no question, or no document that could be encoded.
-            IncompatibleModels: the store belongs to another base model or initialisation.
+            IncompatibleModels: the store belongs to another base model or initialisation, or `initial` does not fit.
             TrainingDiverged: a loss is not finite; finished documents stay.
         """
         chosen = self._checked(documents)
         store = store if isinstance(store, AdapterStore) else AdapterStore(store)
-        shapes = target_modules(self.model, self.targets)
-        initial = self.initial or initial_factors(shapes, rank=self.rank, seed=self.seed)
+        initial = self._initial()
         keys = {d.hash: sha256_json(key) for d, key in zip(chosen, self.augmenter.keys(chosen), strict=True)}
         shared = self._shared()
         store.compare(shared, initial)
@@ -135,29 +134,50 @@ class DocumentParameterizer:
 
         Args:
             triples: Questions and answers on other subjects (the paper: 600 to 2000 of them).
+
+        Raises:
+            BadInput: no triples, a setting out of range, or a sequence beyond `max_length`.
+            IncompatibleModels: `initial` does not fit the model.
+            TrainingDiverged: a loss is not finite.
         """
         if not triples:
             raise BadInput("triples", [], "is empty", "give questions with answers")
         sequences = [((), triple.question, target(triple, cot=self.cot)) for triple in triples]
+        self._check()
+        initial = self._initial()
         examples = self._encoded(sequences, end=True)
-        shapes = target_modules(self.model, self.targets)
-        initial = self.initial or initial_factors(shapes, rank=self.rank, seed=self.seed)
         with evaluating(self.model), self._slot() as slot:
             self._train(slot, initial, examples, epochs=1)
             return slot.factors()
 
-    def _checked(self, documents: Sequence[Document]) -> list[Document]:
-        """Refuse what cannot work before any work is done; duplicates are left out."""
-        for name in ("rank", "epochs", "max_length"):
-            if getattr(self, name) < 1:
-                raise BadInput(name, getattr(self, name), "is not a positive number", "use 1 or more")
+    def _initial(self) -> Factors:
+        """Where all documents start."""
+        shapes = target_modules(self.model, self.targets)
+        if self.initial is None:
+            return initial_factors(shapes, rank=self.rank, seed=self.seed)
+        wanted = {
+            name: ((self.rank, inputs), (outputs, self.rank)) for name, (inputs, outputs) in shapes.items()
+        }
+        if wanted != {name: (tuple(a.shape), tuple(b.shape)) for name, (a, b) in self.initial.items()}:
+            raise IncompatibleModels(
+                "initial", f"{len(self.initial)} modules", f"does not fit {len(shapes)} layers at rank {self.rank}",
+                "give one made for this model with the same rank and targets",
+            )  # fmt: skip
+        return self.initial
+
+    def _check(self) -> None:
+        """Refuse settings that cannot work."""
+        check_positive(rank=self.rank, epochs=self.epochs, max_length=self.max_length)
         for name in ("lr", "alpha"):
-            if not getattr(self, name) > 0:
-                raise BadInput(name, getattr(self, name), "is not positive", "use a positive number")
+            check_number(name, getattr(self, name))
         if not isinstance(self.seed, int) or self.seed < 0:
             raise BadInput("seed", self.seed, "is not a whole number from 0", "give such a seed")
         if self.plan not in ("code", "product"):
             raise BadInput("plan", self.plan, "is unknown", 'use "code" or "product"')
+
+    def _checked(self, documents: Sequence[Document]) -> list[Document]:
+        """Refuse what cannot work before any work is done; duplicates are left out."""
+        self._check()
         if not documents:
             raise BadInput("documents", [], "is empty", "give at least one document")
         limit = self._limit()

@@ -19,7 +19,6 @@ from ..core.errors import BadInput, CorruptFile, IncompatibleModels
 from ..core.files import atomic_dir, check_writable, read_tensors, write_tensors
 from ..core.lineage import read_lineage, write_lineage
 from ..core.models import fingerprint
-from ..core.runs import evaluating
 from ..core.training import generator
 from ._base import Handle
 
@@ -28,7 +27,6 @@ __all__ = [
     "Factors",
     "LoraSlot",
     "check_base",
-    "evaluating",
     "initial_factors",
     "merge_adapters",
     "pack",
@@ -172,7 +170,8 @@ class LoraSlot:
     """Room for one adapter around a model's layers, for the length of a `with` block.
 
     The layers are put in once; `fill` then exchanges the adapter, at the cost of copying its numbers. On
-    exit, also after an error, the model has its own modules back and its parameters their `requires_grad`.
+    exit, also after an error (one on entry included), the model has its own modules back and its parameters
+    their `requires_grad`.
 
     Args:
         model: The base model.
@@ -187,33 +186,43 @@ class LoraSlot:
     def __init__(self, model: PreTrainedModel, *, targets: Sequence[str], rank: int, scale: float):
         self.model, self.targets, self.rank, self.scale = model, list(targets), rank, scale
         self.shapes = target_modules(model, targets)
-        self._tuner: Any = None
+        self._layers: dict[str, Any] = {}
 
     def __enter__(self) -> LoraSlot:
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self._own = {name: self.model.get_submodule(name) for name in self.shapes}
+        try:
+            self._surround()
+        except BaseException:  # memory that does not suffice, a layer that PEFT refuses, an interrupt
+            self.__exit__()
+            raise
+        return self
+
+    def _surround(self) -> None:
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
 
-        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        self._modes = {name: module.training for name, module in self.model.named_modules()}
         config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=self.targets, lora_dropout=0.0)
         # Built without storage, hence without drawing random numbers; the factors are real before any use.
-        self._tuner = LoraModel(self.model, config, _NAME, low_cpu_mem_usage=True)
+        LoraModel(self.model, config, _NAME, low_cpu_mem_usage=True)
         self._layers = {name: self.model.get_submodule(name) for name in self.shapes}
         for name, (inputs, outputs) in self.shapes.items():
             layer = self._layers[name]
-            device = layer.get_base_layer().weight.device
-            layer.train(self._modes[name])
+            device = self._own[name].weight.device
+            layer.train(self._own[name].training)
             layer.scaling[_NAME] = self.scale
             layer.lora_A[_NAME].weight = nn.Parameter(torch.zeros(self.rank, inputs, device=device))
             layer.lora_B[_NAME].weight = nn.Parameter(torch.zeros(outputs, self.rank, device=device))
-        return self
 
     def __exit__(self, *exc: object) -> None:
-        self._tuner.unload()
-        self._tuner = None
+        for name, module in self._own.items():
+            parent, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), last, module)
+        self.model.__dict__.pop("peft_config", None)  # PEFT's mark that there are adapters
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        del self._flags, self._layers
+        del self._flags, self._own
+        self._layers = {}
 
     def _pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         return {

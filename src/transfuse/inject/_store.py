@@ -51,11 +51,11 @@ class AdapterStore(Injector):
     atomically and names the hashes it belongs to: a store survives a kill, and a foreign file is noticed.
 
     Args:
-        folder: Where it is, or will be.
+        folder: Where it is, or will be; to read from it, it need not be writable.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = check_writable(folder, "store")
+        self.folder = Path(folder).expanduser()
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -87,8 +87,10 @@ class AdapterStore(Injector):
 
         Raises:
             IncompatibleModels: the store belongs to another base model or initialisation.
-            BadInput: its adapters were trained in another way; the message names the difference.
+            BadInput: its adapters were trained in another way, the message naming the difference; or its folder
+                cannot be written.
         """
+        check_writable(self.folder, "store")
         kept, wanted = self.manifest, _with_hash(shared, init)
         if not kept:
             return
@@ -147,7 +149,9 @@ class AdapterStore(Injector):
         return dict(self.manifest.get("skipped", {}))
 
     def skip(self, document: Document) -> None:
-        """Note that a document cannot be encoded, so that retrieval passes it over."""
+        """Note that a document cannot be encoded, so that retrieval passes it over; what other material made goes."""
+        with disk_guard(self.folder):
+            self.path(document).unlink(missing_ok=True)
         with locked(self.folder / ".lock"):
             kept = self.manifest
             kept["skipped"][document.hash] = document.title or document.text[:60]

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ from ..core.errors import BadInput
 from ..core.generate import generate_texts
 from ..core.metrics import perplexity
 from ..core.retrieval import Answer, Hit, Retriever, passage_text
+from ..core.runs import check_positive, evaluating
 from ._augment import (
     Augmentation,
     Given,
@@ -58,7 +59,7 @@ from ._augment import (
     prompt_for,
 )
 from ._encode import DocumentParameterizer
-from ._lora import AdapterHandle, LoraSlot, evaluating, merge_adapters
+from ._lora import AdapterHandle, LoraSlot, merge_adapters
 from ._store import AdapterStore
 
 __all__ = [
@@ -155,6 +156,7 @@ class ParametricRAG:
                 adapters that break the model together.
             IncompatibleModels: the store was made for another model.
         """
+        check_positive(max_new_tokens=max_new_tokens)
         limit = max_new_tokens or (128 if self.cot else 20)
 
         def ask(prompts: Sequence[str], indices: Sequence[int], trace: dict[str, Any]) -> list[Answer]:
@@ -189,23 +191,37 @@ class ParametricRAG:
         )
 
     def retrieve(self, questions: Sequence[str]) -> list[list[Hit]]:
-        """The k documents of each question. A document that could not be encoded yields its place to the next."""
+        """The k documents of each question, all different.
+
+        A document that could not be encoded yields its place to the next, and so does one that repeats another: its
+        adapter would be added twice.
+        """
         self._check()
         skipped = self.store.skipped if self.store is not None else {}
         available = len(self.retriever.documents)
         wanted = max(self.k, min(self.k + len(skipped), available))
-        results = []
-        for question, hits in zip(questions, self.retriever.search(questions, wanted)):
-            kept = [hit for hit in hits if hit.document.hash not in skipped][: self.k]
-            if len(kept) < self.k:
+        while True:
+            results = [self._different(hits, skipped) for hits in self.retriever.search(questions, wanted)]
+            short = [i for i, kept in enumerate(results) if len(kept) < self.k]
+            if not short:
+                return results
+            if wanted >= available:
+                question, count = questions[short[0]], len(results[short[0]])
                 raise BadInput(
-                    "k", self.k, f"exceeds the {len(kept)} documents that have adapters ({question[:40]!r})",
-                    f"use k <= {len(kept)}",
+                    "k", self.k, f"exceeds the {count} different documents that have adapters ({question[:40]!r})",
+                    f"use k <= {count}",
                 )  # fmt: skip
-            results.append(kept)
-        return results
+            wanted = min(2 * wanted, available)
+
+    def _different(self, hits: Sequence[Hit], skipped: Collection[str]) -> list[Hit]:
+        found: dict[str, Hit] = {}
+        for hit in hits:
+            if hit.document.hash not in skipped:
+                found.setdefault(hit.document.hash, hit)
+        return list(found.values())[: self.k]
 
     def _check(self) -> None:
+        check_positive(k=self.k, batch_size=self.batch_size)
         if self.mode not in ("parametric", "context", "combine"):
             raise BadInput("mode", self.mode, "is unknown", 'use "parametric", "context" or "combine"')
         if self.mode != "context" and self.store is None:
@@ -236,6 +252,9 @@ class ParametricRAG:
                 names = [hit.document.hash for hit in hits]
                 groups.setdefault(tuple(names if self.weights else sorted(names)), []).append(i)
             with self._attached(self.store) as fill:
+                for document in (hit.document for hits in found for hit in hits):
+                    if document not in self.store:
+                        self.store.get(document)  # raises, before any question is answered
                 for indices in groups.values():
                     trace = fill([hit.document for hit in found[indices[0]]])
                     outcome = function([prompts[i] for i in indices], indices, trace)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from transfuse.core.errors import NotApplicable
+from transfuse.core.runs import evaluating
 from transfuse.core.streams import vocabulary_of
 from transfuse.core.taps import contiguous_head
 
@@ -160,7 +161,8 @@ def _read(
         kwargs["logits_to_keep"] = 1
     # Without padding no mask is given, as in transformers' own loop: the plain causal kernels are faster.
     mask = None if bool(seen.all()) else seen
-    output = model(input_ids=ids, attention_mask=mask, **kwargs)
+    with evaluating(model):
+        output = model(input_ids=ids, attention_mask=mask, **kwargs)
     return output.logits[:, -1, : vocabulary_of(model)], output.past_key_values
 
 

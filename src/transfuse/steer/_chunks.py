@@ -50,7 +50,7 @@ class ChunkRetriever:
         encoder: A sentence encoder's name or folder, or an object with `encode(list of texts) -> [n, width]`.
         chunk_tokens: Tokens per chunk, of the reading model's tokenizer.
         threshold: Least cosine similarity of a chunk that is kept.
-        max_tokens: Most tokens kept in all; None: max(4096, a 24th of the document).
+        max_tokens: Most tokens kept in all, but always one chunk; None: max(4096, a 24th of the document).
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class BM25ChunkRetriever(ChunkRetriever):
     Args:
         chunk_tokens: Tokens per chunk, of the reading model's tokenizer.
         threshold: Least BM25 score of a chunk that is kept; chunks without a common word never are.
-        max_tokens: Most tokens kept in all; None: max(4096, a 24th of the document).
+        max_tokens: Most tokens kept in all, but always one chunk; None: max(4096, a 24th of the document).
         stopwords: Language code of the words that do not count, or None.
     """
 

@@ -200,7 +200,7 @@ class KGIndex:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `index.safetensors` and `index.json` into a folder, replaced at once."""
-        with atomic_dir(folder) as made:
+        with atomic_dir(folder, mark="index.json") as made:
             arrays = {name: torch.from_numpy(np.array(a)) for name, a in self._arrays().items()}
             write_tensors(made / "index.safetensors", arrays)
             about = {"variables": list(self.tokens.variables), "vocabulary": self.vocabulary}

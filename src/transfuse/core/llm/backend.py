@@ -20,6 +20,7 @@ Messages = list[dict[str, str]]
 Prompt = str | Messages
 
 _ROLES = ("system", "user", "assistant")
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -176,19 +177,33 @@ class Backend(ABC):
             raise NotApplicable("backend", type(self).__name__, "does not tell log-probabilities", remedy)
         if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             raise BadInput("top", top, "is not a whole number from 1", "give how many tokens are wanted")
-        rows = [
-            Row(_messages(prompt, i) if isinstance(prompt, list) and isinstance(prompt[0], dict) else prompt)
-            for i, prompt in enumerate(prompts)
-        ]
+        rows = [Row(_continued(prompt, i)) for i, prompt in enumerate(_listed(prompts))]
         completions = self._answer(rows, Options(1, top=top)) if rows else []
         self.usage.add(completions)
         return completions
 
 
-def _listed(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+def _listed(prompts: Sequence[Any]) -> Sequence[Any]:
     if isinstance(prompts, (str, Mapping)):
         raise BadInput("prompts", prompts, "is one prompt", "give a list of prompts")
     return prompts
+
+
+def _continued(prompt: Any, index: int) -> Any:
+    """A prompt of `next_tokens`: text, token ids or messages."""
+    if isinstance(prompt, str):
+        _check_unicode(f"prompts[{index}]", prompt)
+        return prompt
+    if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
+        return prompt
+    return _messages(prompt, index)
+
+
+def _check_unicode(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(where, text, "holds half a character (a lone surrogate)", "repair the text") from error
 
 
 def _messages(prompt: Prompt, index: int) -> Messages:
@@ -204,6 +219,7 @@ def _messages(prompt: Prompt, index: int) -> Messages:
             raise BadInput(where, message["role"], "is not a role", f"use {', '.join(_ROLES)}")
         if not isinstance(message["content"], str) or not message["content"].strip():
             raise BadInput(where, message["content"], "is empty or not text", "give the message's text")
+        _check_unicode(where, message["content"])
     return [dict(message) for message in prompt]
 
 
@@ -242,17 +258,24 @@ def _validator(schema: Any) -> Any:
 
 
 def parse_json(text: str, schema: Mapping[str, Any]) -> Any:
-    """The JSON value in `text` (alone or in a Markdown code fence); None when `schema` is not met."""
-    fenced = re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
+    """The JSON value in `text` (alone or in a Markdown code fence).
+
+    None when `schema` is not met, and for what JSON and UTF-8 cannot write again: infinite numbers, half characters.
+    """
+    fence = re.search(r"```(?:json)?\s*\n\s*", text)
     try:
-        value = json.loads(fenced.group(1) if fenced else text)
-    except ValueError:
+        value, end = _DECODER.raw_decode(text, fence.end()) if fence else (json.loads(text), 0)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        closed = fence is None or text[end:].lstrip().startswith("```")
+        return value if closed and _validator(schema).is_valid(value) else None
+    except (ValueError, RecursionError):
         return None
-    return value if _validator(schema).is_valid(value) else None
 
 
 def completion(text: str, read: int, written: int, truncated: bool, options: Options) -> Completion:
     """A backend's raw text as a `Completion`: cut at the first stop text, parsed when a schema is set."""
+    # A server may cut a text inside a character; what is left of it can be neither stored nor tokenized.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     cuts = [at for at in (text.find(stop) for stop in options.stop) if at >= 0]
     text = text[: min(cuts)] if cuts else text
     parsed = None if options.schema is None else parse_json(text, options.schema)

@@ -27,6 +27,8 @@ from ..errors import BadInput
 from ..extras import require
 from ..files import sha256_json
 from ..generate import check_length, pad_batch, pad_id_of
+from ..lockstep import decode
+from ..streams import Stream
 from ..training import generator
 
 __all__ = ["generate_rows", "grammar", "grammar_tokenizer"]
@@ -36,7 +38,7 @@ def grammar_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """A tokenizer as llguidance sees it (takes about 0.3 s at 49k tokens; keep it).
 
     Raises:
-        BadInput: not a fast tokenizer.
+        BadInput: not a fast tokenizer, or no token that ends a text.
         MissingExtra: llguidance is not installed.
     """
     bridge = require("llguidance.hf", extra="serve")
@@ -44,8 +46,12 @@ def grammar_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         raise BadInput(
             "tokenizer", type(tokenizer).__name__, "is not a fast tokenizer", "load one, or leave schema out"
         )
+    ends = _end_tokens(model, tokenizer)
+    if not ends:
+        remedy = "set tokenizer.eos_token, or leave schema out"
+        raise BadInput("tokenizer", type(tokenizer).__name__, "has no token that ends a text", remedy)
     size = max(len(tokenizer), model.config.get_text_config().vocab_size)
-    return bridge.from_tokenizer(tokenizer, n_vocab=size, eos_token=_end_tokens(model, tokenizer))
+    return bridge.from_tokenizer(tokenizer, n_vocab=size, eos_token=ends)
 
 
 def grammar(grammar_tokens: Any, schema: Mapping[str, Any]) -> Any:
@@ -118,7 +124,6 @@ def _row_seed(seed: int, row: Sequence[int], draw: int) -> int:
     return int(sha256_json([seed, list(row), draw])[:15], 16)
 
 
-@torch.inference_mode()
 def generate_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -135,6 +140,9 @@ def generate_rows(
 ) -> list[tuple[str, int, bool]]:
     """Continue rows of token ids.
 
+    What the model's generation configuration sets (penalties, forbidden words, lengths) does not act, except for
+    the tokens that end a text: such settings would bar what the grammar needs, and draw from another distribution.
+
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
@@ -150,9 +158,14 @@ def generate_rows(
 
     Returns:
         Per row: new text, tokens written (the end token included), and whether the limit ended it.
+
+    Raises:
+        BadInput: a row that leaves the model no room for the answer.
+        NotApplicable: as `core.lockstep.decode`.
     """
     if seed is None:
         seed = secrets.randbits(48)
+    check_length(model, max(map(len, rows), default=0) + max_new_tokens)
     ends, pad = _end_tokens(model, tokenizer), pad_id_of(tokenizer)
     results: list[tuple[str, int, bool]] = [("", 0, False)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -160,7 +173,6 @@ def generate_rows(
         chosen = order[start : start + batch_size]
         ids, mask = pad_batch([rows[i] for i in chosen], pad, side="left", device=model.device)
         width = ids.shape[1]
-        check_length(model, width + max_new_tokens)
         processors = LogitsProcessorList()
         if matcher is not None:
             processors.append(_Constrain([matcher.deep_copy() for _ in chosen], width))
@@ -169,12 +181,11 @@ def generate_rows(
         if temperature > 0:
             seeds = [_row_seed(seed, rows[i], draws[i] if draws else 0) for i in chosen]
             processors.append(_Gumbel(temperature, [generator(s) for s in seeds]))
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=ends or None,
-            logits_processor=processors,
+        out = decode(
+            [Stream(model, ids, mask)], lambda logits: logits[0], max_new_tokens=max_new_tokens,
+            eos_token_id=ends, pad_token_id=pad, logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, stop, width)] if stop else []),
-        )[:, width:].tolist()  # fmt: skip
+        ).tolist()  # fmt: skip
         for i, new in zip(chosen, out, strict=True):
             length = next((n + 1 for n, token in enumerate(new) if token in ends), None)
             text = tokenizer.decode(new[:length], skip_special_tokens=True)

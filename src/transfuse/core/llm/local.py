@@ -13,41 +13,66 @@ if TYPE_CHECKING:
 
 __all__ = ["Local"]
 
+_ELSEWHERE = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+)  # of a configuration: says nothing of the model
+
 
 class Local(Backend):
     """A transformers model in this process, through its chat template.
 
     Rows are batched by length. Sampling draws each row from its own random stream, set by `seed`, the row and
     its number among equal rows, so answers do not depend on the batch they were in. A model without a chat
-    template takes plain strings, which it continues.
+    template takes plain strings, which it continues. Of the model's generation configuration only the tokens that
+    end a text count: temperature 0 takes the likeliest token, also of a model that sets a repetition penalty.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer (a fast one, for `schema`).
         batch_size: Rows per forward pass.
+
+    Raises:
+        BadInput: a batch size below 1.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 16
     ) -> None:
         super().__init__()
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise BadInput("batch_size", batch_size, "is not a whole number from 1", "give rows per pass")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self._grammar_tokenizer: Any = None
 
     @property
     def identity(self) -> str:
-        """A hash of weights, chat template, tokenizer and active adapters, as they are now (not of hooks)."""
+        """A hash of weights, configuration, chat template, tokenizer and active adapters, as they are now.
+
+        Hooks do not count, nor where the model was loaded from.
+        """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         from ..models import fingerprint
 
         adapters = [
-            (name, module.disable_adapters, list(module.active_adapters))
+            (
+                name,
+                module.disable_adapters,
+                list(module.active_adapters),
+                getattr(
+                    module, "scaling", None
+                ),  # of LoRA: neither a weight nor in the model's configuration
+            )
             for name, module in self.model.named_modules()
             if isinstance(module, BaseTunerLayer)
         ]
         tokenizer = (self.tokenizer.chat_template, len(self.tokenizer), self.tokenizer.eos_token)
-        return f"local:{sha256_json([fingerprint(self.model), tokenizer, adapters])}"
+        settings = self.model.config.to_dict()
+        settings = {name: settings[name] for name in settings if name not in _ELSEWHERE}
+        model = (fingerprint(self.model), settings, self.model.generation_config.eos_token_id)
+        return f"local:{sha256_json([model, tokenizer, adapters])}"
 
     def _answer(self, rows: list[Row], options: Options) -> list[Completion]:
         from .decode import generate_rows, grammar, grammar_tokenizer

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import BadInput, Unavailable
 from ..extras import require
+from ..files import sha256_json
 from .backend import Backend, Completion, Options, Row, completion
 
 __all__ = ["OpenAICompatible"]
+
+_TRIED_AGAIN = {408, 409, 429, *range(500, 600)}  # by the openai package, before it gives up
 
 
 class OpenAICompatible(Backend):
@@ -33,7 +36,7 @@ class OpenAICompatible(Backend):
         extra_body: Further fields of every request, such as vLLM's `{"return_tokens_as_token_ids": True}`.
 
     Raises:
-        BadInput: the URL is not one, or the variable is not set.
+        BadInput: the URL is not one, the variable is not set or holds no key, or a number is out of range.
         MissingExtra: openai is not installed.
     """
 
@@ -52,18 +55,27 @@ class OpenAICompatible(Backend):
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not re.match(r"https?://[^/\s]+", base_url):
+        if not _is_url(base_url):
             raise BadInput("base_url", base_url, "is not a URL", "give one like http://localhost:8000/v1")
-        if api_key_env is not None and not os.environ.get(api_key_env):
+        key = "none" if api_key_env is None else os.environ.get(api_key_env, "").strip()
+        if not key:
             raise BadInput(
                 "api_key_env", api_key_env, "is not set in the environment", "export the key in it"
             )
+        if not key.isascii() or not key.isprintable():
+            problem = "holds characters that no key has"
+            raise BadInput("api_key_env", api_key_env, problem, "export the key alone in it")
+        for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise BadInput(name, value, f"is not a whole number from {least}", "give such a number")
+        if not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
+            raise BadInput("timeout", timeout, "is not a time", "give a number of seconds above 0")
         self.base_url, self.model, self.concurrency = base_url.rstrip("/"), model, concurrency
         self.api_key_env, self.extra_body = api_key_env, dict(extra_body or {})
         self._openai = require("openai", extra="serve")
         self._client = self._openai.OpenAI(
             base_url=self.base_url,
-            api_key=os.environ[api_key_env] if api_key_env else "none",
+            api_key=key,
             timeout=timeout,
             max_retries=retries,
         )
@@ -88,7 +100,8 @@ class OpenAICompatible(Backend):
         if options.stop:
             body["stop"] = list(options.stop)
         if options.seed is not None:
-            body["seed"] = options.seed + row.draw
+            # Not seed + draw: the samples of neighbouring seeds would be the same ones.
+            body["seed"] = int(sha256_json([options.seed, row.draw])[:7], 16) if row.draw else options.seed
         if options.schema is not None:
             wanted = {"name": "answer", "schema": options.schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": wanted}
@@ -108,7 +121,7 @@ class OpenAICompatible(Backend):
             return self._read(self._send(row.messages, body, chat), options)
         except self._openai.OpenAIError as error:
             raise self._explained(error) from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise self._no_protocol() from error
 
     def _no_protocol(self) -> Unavailable:
@@ -138,24 +151,31 @@ class OpenAICompatible(Backend):
             return BadInput("api_key_env", self.api_key_env, f"was refused by {url}", remedy)
         if isinstance(error, api.NotFoundError):
             return BadInput("model", self.model, f"is not known to {url}", "use a name the server lists")
-        if isinstance(error, (api.RateLimitError, api.InternalServerError)):
+        if isinstance(error, api.APIStatusError) and error.status_code in _TRIED_AGAIN:
             remedy = "try later or lower concurrency"
             return Unavailable(f"{url} kept failing (status {error.status_code}); {remedy}")
         reason = " ".join(str(error).split())[:200]
         return BadInput("request", self.model, f"was refused by {url} ({reason})", "change what it names")
 
     def _read(self, response: Any, options: Options) -> Completion:
-        if not getattr(response, "choices", None):
+        try:  # the package takes a response as it comes: any part may be missing, or of another type
+            choice, usage = response.choices[0], response.usage
+            text = (choice.message.content if hasattr(choice, "message") else choice.text) or ""
+            top = _ranking(choice.logprobs) if options.top else ()
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self._no_protocol() from error
+        if not isinstance(text, str):
             raise self._no_protocol()
-        choice, usage = response.choices[0], response.usage
-        read = completion(
-            (choice.message.content if hasattr(choice, "message") else choice.text) or "",
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-            choice.finish_reason == "length",
-            options,
-        )
-        return replace(read, top=_ranking(choice.logprobs)) if options.top else read
+        read, written = (getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens"))
+        return replace(completion(text, read, written, choice.finish_reason == "length", options), top=top)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 def _ranking(logprobs: Any) -> tuple[tuple[str, float], ...]:
