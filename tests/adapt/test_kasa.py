@@ -479,6 +479,65 @@ def test_load_knows_its_base(tmp_path, tiny_lm):
     assert torch.allclose(logits(wide).float(), logits(model), atol=1e-4)
 
 
+def test_numbers_of_numpy_are_saved(tmp_path, tiny_lm):
+    model = made(tiny_lm, r=np.int64(4), alpha=np.float32(8), beta=np.float32(0.5))
+    save(model, tmp_path / "a")
+    again = load(tiny_lm("llama", layers=2), tmp_path / "a")
+    assert torch.equal(logits(again), logits(model.eval()))
+    assert kasa_regularizer(again).item() == kasa_regularizer(model).item()
+
+
+def test_the_card_tells_what_peft_would_drop(tmp_path, tiny_lm):
+    for rank, told in ((4, False), (0, True)):
+        save(made(tiny_lm, truncate_rank=rank), tmp_path / str(rank))
+        card = (tmp_path / str(rank) / "README.md").read_text()
+        assert ("PEFT alone would drop 4 of their components, where 0" in card) == told
+
+
+@pytest.mark.parametrize("keep_base", ["copy", "none"])
+@pytest.mark.parametrize("damage", ["lost", "head", "shape"])
+def test_a_failed_load_leaves_the_base_as_it_was(tmp_path, damage, keep_base):
+    from transfuse.core.files import read_tensors, write_tensors
+
+    save(kasa(classifier(), r=2), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors, _ = read_tensors(file)
+    name = next(key for key in tensors if ("classifier" if damage == "head" else "lora_diag") in key)
+    wrong = {name: torch.zeros(3)} if damage == "shape" else {}
+    write_tensors(file, {key: value for key, value in tensors.items() if key != name} | wrong)
+    base = classifier()
+    frozen = base.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    before = state(base)
+    with pytest.raises(IncompatibleModels, match="folder"):
+        load(base, tmp_path / "a", keep_base=keep_base)
+    assert same(before, state(base)) and not hasattr(base, "peft_config")
+    assert [p for p in base.parameters() if not p.requires_grad] == [frozen]
+    write_tensors(file, tensors)
+    loaded = load(base, tmp_path / "a", keep_base=keep_base)
+    if keep_base == "none":
+        with pytest.raises(BadInput, match="no copy"):
+            restore(loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", "4"),
+        ("lora_alpha", None),
+        ("target_modules", None),
+        ("kasa_config", "x"),
+        ("kasa_config", {"beta": -1.0}),
+        ("kasa_config", {"base_hash": "0", "base_dtype": "float3"}),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(tmp_path, tiny_lm, name, value):
+    save(made(tiny_lm), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(CorruptFile, match=r"adapter_config\.json"):
+        load(tiny_lm("llama", layers=2), tmp_path)
+
+
 def test_peft_loads_it(tmp_path, tiny_lm):
     model = trained(tiny_lm)
     save(model, tmp_path)
@@ -574,6 +633,7 @@ def test_load_refuses(tmp_path, tiny_lm):
         ({"reduction": "max"}, "reduction"),
         ({"keep_base": "disk"}, "keep_base"),
         ({"dropout": 1.0}, "dropout"),
+        ({"dropout": "0.1"}, "dropout"),
         ({"target_modules": []}, "target_modules"),
         ({"target_modules": ["query"]}, "target_modules.*q_proj"),
     ],

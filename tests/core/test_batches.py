@@ -163,6 +163,18 @@ def test_collator_of_classes_and_of_tokenizers(tiny_tokenizer):
     assert "labels" not in batch
 
 
+@pytest.mark.parametrize("made", [torch.tensor, np.array])
+def test_collator_of_tensors(made):
+    ids = [[5, 6, 7], [8], [9, 10]]
+    plain = pad_collator(0)([{"input_ids": row, "labels": row} for row in ids])
+    batch = pad_collator(0)([{"input_ids": made(row), "labels": made(row)} for row in ids])
+    assert all(torch.equal(batch[name], plain[name]) for name in plain)
+    one = pad_collator(0)([{"input_ids": made([5]), "labels": made([5])}])
+    assert one["labels"].tolist() == [[5]]  # a single token, no class
+    classes = [{"input_ids": made([5, 6]), "labels": made(2)}, {"input_ids": made([7]), "labels": made(0)}]
+    assert pad_collator(0)(classes)["labels"].tolist() == [2, 0]
+
+
 # --- target_logits, target_loss ----------------------------------------------------------------------------
 
 
@@ -184,6 +196,19 @@ def test_target_logits_against_single_rows(tiny_lm, architecture):
         torch.testing.assert_close(found[i, 5 - after :], wanted, atol=1e-4, rtol=1e-4)
     assert target_loss(model, batch).item() == pytest.approx(loss, abs=1e-5)
     assert model(**batch).loss.item() == pytest.approx(loss, abs=1e-5)
+
+
+def test_target_loss_whatever_the_padding(tiny_lm):
+    model, examples = tiny_lm("llama"), rows(SIZES)
+    batch = pad_collator(0)(examples)
+    width = batch["input_ids"].shape[1]
+    for shift in (lambda free: free, lambda free: free // 2):  # on the left, on both sides
+        moved = {name: value.clone() for name, value in batch.items()}
+        for row, example in enumerate(examples):
+            by = shift(width - len(example["input_ids"]))
+            for name in moved:
+                moved[name][row] = batch[name][row].roll(by)
+        assert target_loss(model, moved).item() == pytest.approx(slow_loss(model, examples)[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -289,6 +314,18 @@ def test_data_identity():
     assert data_identity(table) == table._fingerprint != data_identity(table.select([0]))
 
 
+def test_data_identity_sees_every_entry_of_tensors():
+    zeros = np.zeros((3, 20, 20), dtype=np.float32)
+    dot, fine = zeros.copy(), zeros.copy()
+    dot[1, 10, 10], fine[0, 0, 0] = 1, 1e-6
+    for wrap in (torch.from_numpy, np.asarray, lambda x: [torch.from_numpy(x)], lambda x: {"a": (x, 1)}):
+        every = [data_identity([{"x": wrap(x), "labels": 1}]) for x in (zeros, dot, fine)]
+        assert len(set(every)) == 3
+        assert data_identity([{"x": wrap(dot.copy()), "labels": 1}]) == every[1]
+    kinds = [torch.zeros(2), torch.zeros(2, dtype=torch.float16), torch.zeros(1, 2), np.zeros(2), [0.0, 0.0]]
+    assert len({data_identity([{"x": kind}]) for kind in kinds}) == len(kinds)
+
+
 # --- EpochOrder --------------------------------------------------------------------------------------------
 
 
@@ -391,6 +428,16 @@ def test_records_are_text_or_pairs(tiny_tokenizer, tmp_path):
     (tmp_path / "b.txt").write_text("a")
     with pytest.raises(BadInput, match="no row of 64"):
         text_rows(tiny_tokenizer, tmp_path / "b.txt", 64, "held_out")
+
+
+def test_texts_that_cannot_be_read(tiny_tokenizer, tmp_path):
+    with pytest.raises(BadInput, match=r"held_out.*gone\.txt.*cannot be read"):
+        text_rows(tiny_tokenizer, tmp_path / "gone.txt", 16, "held_out")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 20)
+    with pytest.raises(BadInput, match="UTF-8"):
+        text_rows(tiny_tokenizer, tmp_path / "a.txt", 16)
+    with pytest.raises(BadInput, match="block"):
+        text_rows(tiny_tokenizer, tmp_path / "a.txt", 0)
 
 
 def test_rows_to_measure_on_are_not_learnt(tiny_tokenizer, tmp_path):

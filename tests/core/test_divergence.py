@@ -238,6 +238,9 @@ def test_bad_input():
         forward_kl(torch.zeros(2, 5), torch.zeros(2, 5), mask=torch.ones(3))
     with pytest.raises(BadInput, match="temperature"):
         reverse_kl(torch.zeros(2, 5), torch.zeros(2, 5), temperature=0.0)
+    for reduction in ("batchmean", None, True):
+        with pytest.raises(BadInput, match="reduction"):
+            forward_kl(torch.zeros(2, 5), torch.zeros(2, 5), reduction=reduction)
     for beta in (0.0, 1.0, -1.0):
         with pytest.raises(BadInput, match="beta"):
             jsd(torch.zeros(2, 5), torch.zeros(2, 5), beta=beta)

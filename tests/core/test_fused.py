@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from conftest import make_tiny
@@ -93,6 +94,14 @@ def test_it_is_differentiated_once():
         torch.autograd.grad(loss, p["hidden"])
 
 
+def test_there_is_no_second_derivative():
+    p = problem(n=70)
+    factor = torch.ones((), dtype=p["hidden"].dtype, requires_grad=True)
+    (first,) = torch.autograd.grad(fused(p)["loss"] * factor, p["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()  # a gradient penalty would reach the factor only
+
+
 def test_bfloat16_is_rounded_in_the_products_only():
     p = problem(n=500, dtype=torch.bfloat16)
     exact = {
@@ -161,6 +170,18 @@ def test_heads_of_real_architectures(architecture):
     ids = torch.randint(3, 400, (2, 7))
     states = model.base_model(input_ids=ids).last_hidden_state
     assert torch.allclose(head(states), model(input_ids=ids).logits, atol=1e-4)
+
+
+def test_heads_of_models_with_adapters():
+    config = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
+    model = peft.get_peft_model(
+        make_tiny("llama", layers=2), peft.LoraConfig(target_modules=["q_proj"], **config)
+    )
+    head, ids = head_of(model), torch.randint(3, 400, (2, 7))
+    states = model.get_base_model().model(input_ids=ids).last_hidden_state
+    assert torch.allclose(head(states), model(input_ids=ids).logits, atol=1e-4)
+    on_head = peft.LoraConfig(target_modules=["lm_head"], **config)
+    assert head_of(peft.get_peft_model(make_tiny("llama", layers=2), on_head)) is None
 
 
 def test_a_softcap_is_found_and_an_unknown_head_is_left_alone():

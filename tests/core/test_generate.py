@@ -335,6 +335,26 @@ def test_scores_in_half_precision(tiny_lm, tiny_tokenizer):
         assert found.dtype == torch.float32 and found.tolist() == pytest.approx(scores, abs=0.3)
 
 
+def test_dropout_takes_no_part(tiny_lm, tiny_tokenizer):
+    model = tiny_lm("gpt2")  # which has dropout
+    answers = generate_texts(model, tiny_tokenizer, PROMPTS, max_new_tokens=6)
+    scores = target_nll(model, tiny_tokenizer, PROMPTS, TARGETS)
+    model.train()
+    model.transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert generate_texts(model, tiny_tokenizer, PROMPTS, max_new_tokens=6) == answers
+    for found, wanted in zip(target_nll(model, tiny_tokenizer, PROMPTS, TARGETS), scores, strict=True):
+        assert torch.equal(found, wanted)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_scores_may_weigh_a_loss(tiny_lm, tiny_tokenizer):
+    (scores,) = target_nll(tiny_lm("llama"), tiny_tokenizer, PROMPTS[:1], TARGETS[:1])
+    share = torch.ones((), requires_grad=True)
+    (share * scores).sum().backward()
+    assert share.grad.item() == pytest.approx(float(scores.sum()))
+
+
 @pytest.mark.parametrize("function", [target_nll, target_matches, predicted_tokens])
 def test_refused_scores(tiny_lm, tiny_tokenizer, function):
     model = tiny_lm("llama")

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from transfuse.core.errors import BadInput
-from transfuse.core.taps import capture, contiguous_head, decoder_layers, match, replace, replay, watch
+from transfuse.core.taps import capture, contiguous_head, decoder_layers, match, replace, replay, skip, watch
 
 ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma3"]
 
@@ -157,6 +157,77 @@ def test_patterns_select_in_order_and_a_miss_names_the_nearest(tiny_lm):
         match(model, "0")
 
 
+def test_a_module_in_two_places_is_found_once_by_either_name():
+    model = nn.ModuleDict({"one": Double(), "two": Shift()})
+    model["three"] = model["one"]
+    assert match(model, "three") == ["three"]
+    assert match(model, "*") == ["one", "two"]
+    with replace(model, {"t*": lambda y: y + 100}):  # two and three
+        assert model["one"](torch.tensor(1.0)) == 102
+        assert model["two"](torch.tensor(1.0)) == (104, "rest")
+
+
+def test_records_are_read_and_changed(tiny_lm):
+    model, batch = tiny_lm("llama"), batch_of()
+    plain = model(**batch).logits
+    with replace(model, {"model": lambda hidden: 2 * hidden}), capture(model, "model") as seen:
+        doubled = model(**batch, output_hidden_states=True)
+    assert torch.equal(doubled.logits, model.lm_head(seen["model"])) and not torch.equal(
+        doubled.logits, plain
+    )
+    assert len(doubled.hidden_states) == 5
+    assert torch.equal(model(**batch).logits, plain)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_models_meet_hooks_that_came_later(tiny_lm, in_place):
+    model, batch, name = tiny_lm("llama", layers=2), batch_of(), "model.layers.0.mlp"
+    with torch.no_grad():
+        with replace(model, {name: torch.zeros_like}):
+            expected = model(**batch).logits
+        compiled = torch.compile(model, backend="eager")
+        if in_place:
+            model.compile(backend="eager")
+        plain = compiled(**batch).logits
+        with replace(model, {name: torch.zeros_like}), capture(model, name) as seen:
+            assert torch.equal(compiled(**batch).logits, expected)
+        assert not seen[name].any()
+        heard = []
+        with watch(model.get_submodule(name), heard.append):
+            assert torch.equal(compiled(**batch).logits, plain)
+        assert len(heard) == 1
+        assert torch.equal(compiled(**batch).logits, plain)
+    torch.compiler.reset()
+
+
+def test_blocks_of_models_with_several_stacks():
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = {"vocab_size": 60, "num_hidden_layers": 3, "num_key_value_heads": 2, **size}
+    for depth in (3, 5):  # a tower beside the language model, as deep or deeper
+        vision = {
+            "model_type": "clip_vision_model",
+            "num_hidden_layers": depth,
+            "image_size": 8,
+            "patch_size": 4,
+            **size,
+        }
+        config = AutoConfig.for_model(
+            "llava", vision_config=vision, text_config={"model_type": "llama", **text}, image_token_id=3
+        )
+        model = AutoModelForImageTextToText.from_config(config)
+        assert decoder_layers(model) == [f"model.language_model.layers.{i}" for i in range(3)]
+    hybrid = AutoConfig.for_model("jamba", **{**text, "num_hidden_layers": 8}, mamba_dt_rank=4)
+    model = AutoModelForCausalLM.from_config(hybrid)
+    assert len({type(block) for block in model.model.layers}) == 2
+    assert decoder_layers(model) == [f"model.layers.{i}" for i in range(8)]
+    experts = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **text))
+    for block in experts.model.layers:
+        block.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
+    assert decoder_layers(experts) == [f"model.layers.{i}" for i in range(3)]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_decoder_layers(tiny_lm, architecture):
     model = tiny_lm(architecture)
@@ -245,6 +316,18 @@ def test_replay_nests(tiny_lm):
             assert torch.equal(model(**batch).logits, full)
         assert torch.equal(model(**batch).logits, full)
     assert torch.equal(model(**batch).logits, full)
+
+
+def test_a_block_may_be_skipped_more_than_once(tiny_lm):
+    model, batch = tiny_lm("llama"), batch_of()
+    blocks = list(model.model.layers)
+    with skip(model, [0]):
+        once = model(**batch).logits
+        with skip(model, [0]), skip(model, [0, 1]):
+            assert decoder_layers(model) == [f"model.layers.{i}" for i in range(4)]
+            assert model.model.layers[0].self_attn is blocks[0].self_attn
+        assert torch.equal(model(**batch).logits, once)
+    assert list(model.model.layers) == blocks
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

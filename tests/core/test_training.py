@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -384,6 +386,171 @@ def test_loop_names_a_missing_file(tmp_path, name):
     assert run_loop(tmp_path, resume=False)[1].resumed_at == 0
 
 
+def interrupted(run, stop_at=None):
+    """What `run(on_step)` gives; with `stop_at`, ended after so many updates."""
+
+    def on_step(done, *_):
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        return run(on_step)
+
+
+def small_loop(folder=None, on_step=None, *, net=None, batches=None, rule=None, step=None, **options):
+    net = net or linear()
+    rule = rule or torch.optim.SGD(net.parameters(), lr=0.1)
+    step = step or (lambda batch: net(batch[0]).square().mean())
+    batches = torch.utils.data.DataLoader(regression(8), batch_size=2) if batches is None else batches
+    loop(net, batches, step, optimizer=rule, output_dir=folder, save_every=1, on_step=on_step, **options)
+    return net.state_dict()
+
+
+@pytest.mark.parametrize("place", ["loader", "sampler", "batch_sampler"])
+def test_loop_resumes_with_a_loaders_own_generator(tmp_path, place):
+    def run(on_step, folder=tmp_path):
+        own, data = generator(3), regression(8)
+        chosen = torch.utils.data.RandomSampler(data, generator=own)
+        options = {
+            "loader": {"shuffle": True, "generator": own, "batch_size": 2},
+            "sampler": {"sampler": chosen, "batch_size": 2},
+            "batch_sampler": {"batch_sampler": torch.utils.data.BatchSampler(chosen, 2, drop_last=False)},
+        }
+        batches = torch.utils.data.DataLoader(data, **options[place])
+        return small_loop(folder, on_step, batches=batches, epochs=3)
+
+    interrupted(run, 7)  # in the second epoch
+    assert equal(interrupted(run), run(None, None))
+
+
+def test_loop_resumes_states_wider_than_their_parameters(tmp_path):
+    """torch rounds an optimizer's float32 states to a bfloat16 parameter's dtype when it loads them."""
+    from transformers.optimization import Adafactor
+
+    def run(on_step, folder=tmp_path):
+        with seeded(0):
+            net = torch.nn.Linear(6, 6, dtype=torch.bfloat16)
+        rule = Adafactor(net.parameters(), lr=1e-2, relative_step=False, scale_parameter=False)
+        batches = torch.utils.data.DataLoader(regression(), batch_size=4)
+        return small_loop(
+            folder, on_step, net=net, rule=rule, batches=batches,
+            step=lambda batch: (net(batch[0].bfloat16()) - 1).square().mean(),
+        )  # fmt: skip
+
+    interrupted(run, 6)
+    assert equal(interrupted(run), run(None, None))
+
+
+def test_loop_knows_its_run_by_a_rate_in_a_tensor(tmp_path):
+    for _ in range(2):
+        net = linear()
+        small_loop(tmp_path, net=net, rule=torch.optim.Adam(net.parameters(), lr=torch.tensor(0.1)))
+
+
+def test_loop_refuses_batches_that_run_out(tmp_path):
+    batches = list(torch.utils.data.DataLoader(regression(8), batch_size=2))
+    with pytest.raises(BadInput, match=r"batches.*once only"):
+        small_loop(batches=iter(batches), epochs=2)
+    small_loop(batches=iter(batches))
+    with pytest.raises(BadInput, match="'epoch 1' gave none"):
+        small_loop(batches=lambda epoch: batches[: 4 - 4 * epoch], epochs=2)
+    with pytest.raises(BadInput, match="gave none"):
+        small_loop(batches=[])
+    interrupted(lambda on_step: small_loop(tmp_path, on_step, batches=batches), 4)
+    with pytest.raises(BadInput, match="fewer than the 3"):
+        small_loop(tmp_path, batches=batches[:2])
+
+
+def test_loop_refuses_what_checkpoints_would_miss(tmp_path):
+    inside, outside = linear(), torch.nn.Linear(6, 6)
+    rule = torch.optim.SGD([*inside.parameters(), *outside.parameters()], lr=0.1)
+    with pytest.raises(BadInput, match="not the model's"):
+        small_loop(tmp_path, net=inside, rule=rule)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), "1"])
+def test_norms_that_are_none(tiny_lm, clip):
+    with pytest.raises(BadInput, match="clip"):
+        small_loop(clip=clip)
+    with pytest.raises(BadInput, match="clip"):
+        fit(tiny_lm("llama", layers=1), rows(4), lr=1e-3, epochs=1, clip=clip)
+
+
+class Broken(torch.autograd.Function):
+    """A finite loss whose gradient is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return x.square().mean()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return torch.full(ctx.shape, float("nan"))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_no_update_with_a_gradient_that_is_not_finite(tiny_lm, clip):
+    net = linear()
+    with pytest.raises(TrainingDiverged, match="step 0"):
+        small_loop(net=net, step=lambda batch: Broken.apply(net(batch[0])), clip=clip)
+    assert equal(net.state_dict(), linear().state_dict())
+    model = tiny_lm("llama", layers=1)
+    with pytest.raises(TrainingDiverged, match="step 0"):
+        fit(
+            model, rows(4), lr=1e-3, epochs=1, clip=clip,
+            loss=lambda m, batch: Broken.apply(m(input_ids=batch["input_ids"]).logits),
+        )  # fmt: skip
+    assert equal(weights(model), weights(tiny_lm("llama", layers=1)))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_loss_scaling_passes_an_overflow_by(monkeypatch, clip):
+    import accelerate
+
+    class Scaled(accelerate.Accelerator):
+        """Scales losses as in fp16, which needs a GPU, beginning far too high."""
+
+        mixed_precision = "fp16"
+
+        def __init__(self):
+            super().__init__()
+            self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**127)
+
+        autocast = staticmethod(contextlib.nullcontext)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Scaled)
+    net = linear()
+    rule = torch.optim.SGD(net.parameters(), lr=0.1)
+    plan = torch.optim.lr_scheduler.StepLR(rule, 1, 0.5)
+    batches = torch.utils.data.DataLoader(regression(8), batch_size=2)
+
+    def step(batch):
+        return 64 * (net(batch[0]) - batch[1]).square().mean()
+
+    history = loop(net, batches, step, optimizer=rule, scheduler=plan, clip=clip, epochs=5)
+    assert history.steps == 20 and all(torch.isfinite(p).all() for p in net.parameters())
+    made = round(-np.log2(rule.param_groups[0]["lr"] / 0.1))
+    assert 0 < made < 20  # the rate falls with the updates that were made
+    assert not equal(net.state_dict(), linear().state_dict())
+
+
+def test_trainer_leaves_an_overflow_to_loss_scaling(tmp_path, tiny_lm):
+    from transformers import TrainingArguments
+
+    from transfuse.core.trainer import SafeTrainer
+
+    trainer = SafeTrainer(
+        model=tiny_lm("llama", layers=1), args=TrainingArguments(str(tmp_path), report_to=[])
+    )
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    with pytest.raises(TrainingDiverged):
+        trainer._get_grad_norm(trainer.model, torch.tensor(torch.inf))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert trainer._get_grad_norm(trainer.model, torch.tensor(torch.inf)) == torch.inf
+
+
 def test_a_look_at_a_run_changes_nothing(tmp_path):
     """`last_checkpoint` is asked about runs in progress: what they are writing is theirs."""
     writing, removed = tmp_path / ".checkpoint-9.x.tmp", tmp_path / ".checkpoint-3.x.old"
@@ -556,6 +723,10 @@ def test_fit_diverges_and_writes_nothing(tmp_path, tiny_lm):
         ({"batch_size": 0}, "batch_size"),
         ({"accumulation": 0}, "accumulation"),
         ({"seed": -1}, "seed"),
+        ({"lr": float("inf")}, "lr"),
+        ({"schedule": "step"}, "schedule"),
+        ({"warmup": -1}, "warmup"),
+        ({"weight_decay": -0.1}, "weight_decay"),
     ],
 )
 def test_fit_refuses(tiny_lm, options, named):
@@ -563,10 +734,44 @@ def test_fit_refuses(tiny_lm, options, named):
         fit(tiny_lm("llama", layers=1), rows(4), **{"lr": 1e-3, "epochs": 1, **options})
 
 
+def test_fit_refuses_another_loss_or_identity(tiny_lm, tmp_path):
+    def own(model, batch):
+        return model(**batch).loss
+
+    def run(**options):
+        return fit(tiny_lm("llama", layers=1), rows(4), lr=1e-3, epochs=1, output_dir=tmp_path, **options)
+
+    run(loss=own, identity={"tau": 2.0})
+    assert run(loss=own, identity={"tau": 2.0}).resumed_at == 1
+    for other in ({}, {"loss": own}, {"identity": {"tau": 2.0}}, {"loss": own, "identity": {"tau": 1.0}}):
+        with pytest.raises(BadInput, match="other arguments"):
+            run(**other)
+
+
+def test_fit_takes_rows_of_tensors(tiny_lm):
+    data = datasets.Dataset.from_list(rows(6))
+    plain, other = tiny_lm("llama", layers=1), tiny_lm("llama", layers=1)
+    fit(plain, data, lr=1e-3, epochs=1)
+    fit(other, data.with_format("torch"), lr=1e-3, epochs=1)
+    assert equal(weights(plain), weights(other))
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_fit_names_a_damaged_trainer_state(tiny_lm, tmp_path, content):
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(tiny_lm, tmp_path, stop_at=3)
+    file = last_checkpoint(tmp_path) / "trainer_state.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(CorruptFile, match=r"trainer_state\.json.*resume=False"):
+        run_fit(tiny_lm, tmp_path)
+
+
 def test_fit_refuses_what_cannot_be_trained(tiny_lm, tmp_path):
     model = tiny_lm("llama", layers=1)
     with pytest.raises(BadInput, match="dataset"):
         fit(model, [], lr=1e-3, epochs=1)
+    with pytest.raises(BadInput, match="length"):
+        fit(model, iter(rows(4)), lr=1e-3, epochs=1)
     fit(model, rows(4), lr=1e-3, epochs=1, output_dir=tmp_path)
     with pytest.raises(BadInput, match="other arguments"):
         fit(model, rows(4), lr=1e-4, epochs=1, output_dir=tmp_path)

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from transfuse.core.errors import BadInput, CorruptFile, IncompatibleModels, NotApplicable
 from transfuse.core.files import atomic_dir, atomic_write, check_writable, read_tensors, write_tensors
-from transfuse.core.lineage import write_lineage
+from transfuse.core.lineage import jsonable, write_lineage
 
 __all__ = [
     "LayerSpectrum",
@@ -320,8 +320,7 @@ def write_adapter(
         BadInput: the folder cannot be written.
     """
     target = check_writable(folder, "folder")
-    config = model.peft_config[model.active_adapter].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config = jsonable(model.peft_config[model.active_adapter].to_dict())
     base = config.get("base_model_name_or_path")
     with atomic_dir(target) as work:
         tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
@@ -351,6 +350,8 @@ def fill_adapter(model: PeftModel, tensors: Mapping[str, torch.Tensor], folder: 
         raise IncompatibleModels(
             "folder", str(folder), "holds tensors of other shapes than this model's", remedy
         ) from error
+    except KeyError as error:  # a module trained whole
+        raise IncompatibleModels("folder", str(folder), f"lacks {error}", remedy) from error
     if name:
         raise IncompatibleModels("folder", str(folder), f"does not fit the model at {name}", remedy)
 
@@ -370,8 +371,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     try:
         config = json.loads((path / "adapter_config.json").read_text())
         if config["peft_type"] == "LORA":
-            LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+            float(config["lora_alpha"] / LoraConfig(r=config["r"]).r)
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         remedy = "save the adapter again"
         raise CorruptFile(
             "folder", str(path), f"has an unreadable adapter_config.json ({error})", remedy

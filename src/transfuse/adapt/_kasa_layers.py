@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -14,10 +16,20 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import KasaLinearVariant
 from torch import nn
 
-from transfuse.adapt._base import batch_share
-from transfuse.core.errors import BadInput
+from transfuse.adapt._base import base_again, batch_share
+from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
 
-__all__ = ["KasaLinear", "KasaModel", "Record", "Settings", "kasa_delta", "kasa_penalty", "kasa_regularizer"]
+__all__ = [
+    "KasaLinear",
+    "KasaModel",
+    "Record",
+    "Settings",
+    "base_before",
+    "kasa_delta",
+    "kasa_penalty",
+    "kasa_regularizer",
+    "read_config",
+]
 
 
 def kasa_delta(a: torch.Tensor, b: torch.Tensor, d: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -71,6 +83,41 @@ class Settings(KasaConfig):
     base_dtype: str = ""
     base_hash: str = ""
     world_hash: str = ""
+
+
+OWN = ("task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
+# Of a stored configuration: what is read, and what says nothing about the layers.
+TAKEN = {
+    *OWN, "kasa_config", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode",
+}  # fmt: skip
+
+
+def read_config(stored: Mapping[str, Any], folder: str | os.PathLike[str]) -> tuple[LoraConfig, Settings]:
+    """The configuration of a saved adapter, see `adapt._base.read_adapter`.
+
+    Raises:
+        BadInput: it is of another kind.
+        NotApplicable: it has options that `kasa` does not have.
+        CorruptFile: its values make no configuration.
+    """
+    own, plain = stored.get("kasa_config"), LoraConfig()
+    if own is None:
+        raise BadInput("folder", str(folder), "holds another kind of adapter", "load it with PEFT")
+    for name, value in stored.items():
+        if name not in TAKEN and value and value != getattr(plain, name, value):
+            problem = f"was trained with {name} = {value}, which is not offered"
+            raise NotApplicable("folder", str(folder), problem, "load it with PEFT")
+    try:
+        known = {field.name for field in fields(Settings)}
+        settings = Settings(**{"truncate_rank": stored["r"], **{k: v for k, v in own.items() if k in known}})
+        config = LoraConfig(**{name: stored[name] for name in OWN if name in stored}, kasa_config=settings)
+        if not config.target_modules or not hasattr(torch, settings.base_dtype or "float32"):
+            raise ValueError("no target_modules, or no such base_dtype")
+    except (AttributeError, TypeError, ValueError) as error:
+        problem = f"has an unreadable adapter_config.json ({error})"
+        raise CorruptFile("folder", str(folder), problem, "save the adapter again") from error
+    return config, settings
 
 
 @dataclass
@@ -187,6 +234,18 @@ def kasa_regularizer(
         total = total.to(a.device) + kasa_penalty(a, b, d, **weights).sum()
         count += len(members)
     return total / count if how != "sum" and count else total
+
+
+def base_before(model: Any) -> Any:
+    """Take the adapters off and put back the weights from before truncation, where they were kept."""
+    parts = model.base_model.model.named_modules()
+    records = {name: part.record for name, part in parts if isinstance(part, KasaLinear)}
+    base = base_again(model, KasaModel)
+    with torch.no_grad():
+        for name, record in records.items():
+            if record is not None and record.original is not None:
+                base.get_submodule(name).weight.copy_(record.original)
+    return base
 
 
 def _configs(model: Any) -> dict[str, LoraConfig]:

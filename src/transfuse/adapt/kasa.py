@@ -16,8 +16,8 @@ direction on or off:
 
 A starts as LoRA's does, d standard normal, B zero: the first forward pass is that of the truncated base.
 
-The layer arithmetic is PEFT's (a `LoraConfig` with `KasaConfig`), and adapters saved here load there.
-Around it:
+The layer arithmetic is PEFT's (a `LoraConfig` with `KasaConfig`), and adapters saved here load there, unless
+`truncate_rank` is not r: PEFT always drops r. Around it:
 
 * The regulariser reaches any training loop: in training mode the model adds it to the loss it returns, as
   PEFT's AdaLoRA does, so a plain `Trainer` includes it. PEFT leaves it to a private method. With gradient
@@ -48,7 +48,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -61,7 +61,6 @@ from transfuse.adapt._arguments import check_number
 from transfuse.adapt._base import (
     LayerSpectrum,
     Targets,
-    base_again,
     check_modules,
     fill_adapter,
     layer_spectrum,
@@ -78,11 +77,13 @@ from transfuse.adapt._kasa_layers import (
     KasaModel,
     Record,
     Settings,
+    base_before,
     kasa_delta,
     kasa_penalty,
     kasa_regularizer,
+    read_config,
 )
-from transfuse.core.errors import BadInput, IncompatibleModels, NotApplicable
+from transfuse.core.errors import BadInput, IncompatibleModels
 from transfuse.core.runs import check_positive
 from transfuse.core.training import seeded
 
@@ -99,14 +100,6 @@ __all__ = [
     "spectral_report",
     "truncate",
 ]
-
-
-OWN = ("task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
-# Of a stored configuration: what is read, and what says nothing about the layers.
-TAKEN = {
-    *OWN, "kasa_config", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
-    "inference_mode",
-}  # fmt: skip
 
 
 class Truncated(NamedTuple):
@@ -198,7 +191,8 @@ def kasa(
     check_positive(r=r)
     if truncate_rank is not None and not isinstance(truncate_rank, int):
         raise BadInput("truncate_rank", truncate_rank, "is not a whole number", "give 0 or more")
-    if not 0 <= dropout < 1:
+    check_number("dropout", dropout, zero=True)
+    if dropout >= 1:
         raise BadInput("dropout", dropout, "is not in [0, 1)", "give a probability")
     rank = r if truncate_rank is None else truncate_rank
     settings = Settings(beta=beta, gamma=gamma, truncate_rank=rank, reduction=reduction)
@@ -275,16 +269,11 @@ def restore(model: PeftModel) -> Any:
     Raises:
         BadInput: the original weights were not kept, or the model has no KaSA layer.
     """
-    layers = {n: m for n, m in _tuner(model).model.named_modules() if isinstance(m, KasaLinear)}
-    originals = {n: layer.record.original for n, layer in layers.items() if layer.record is not None}
-    if any(originals.get(name) is None for name in layers):
+    layers = [m for m in _tuner(model).modules() if isinstance(m, KasaLinear)]
+    if any(layer.record is None or layer.record.original is None for layer in layers):
         remedy = 'load the base model again, or adapt with keep_base="copy"'
         raise BadInput("model", type(model).__name__, "kept no copy of the weights", remedy)
-    base = base_again(model, KasaModel)
-    with torch.no_grad():
-        for name, original in originals.items():
-            base.get_submodule(name).weight.copy_(original)
-    return base
+    return base_before(model)
 
 
 def _tuner(model: Any) -> KasaModel:
@@ -302,13 +291,17 @@ def save(model: PeftModel, folder: str | os.PathLike[str]) -> Path:
         BadInput: the folder cannot be written, or the model has no KaSA layer.
     """
     _tuner(model)
-    settings = model.peft_config[model.active_adapter].kasa_config
+    config = model.peft_config[model.active_adapter]
+    dropped = config.kasa_config.truncate_rank
+    summary = "A KaSA adapter. Loading it truncates the base model's target weights."
+    if dropped != config.r:
+        summary += f" PEFT alone would drop {config.r} of their components, where {dropped} were dropped."
     return write_adapter(
         model,
         folder,
         method="kasa",
-        arguments=asdict(settings),
-        summary="A KaSA adapter. Loading it truncates the base model's target weights.",
+        arguments=asdict(config.kasa_config),
+        summary=summary,
         usage='model = transfuse.adapt.kasa.load(base_model, "this folder")',
     )
 
@@ -335,21 +328,12 @@ def load(
         BadInput: no adapter there, or not a KaSA adapter.
         NotApplicable: one of PEFT's with options that `kasa` does not have (ranks per layer, say).
         CorruptFile: it cannot be read.
-        IncompatibleModels: the model's weights are not those the adapter was trained on.
+        IncompatibleModels: the model's weights are not those the adapter was trained on, or its tensors do not
+            fit. The model is left as it was.
     """
     refuse_adapted(model)
     stored, tensors = read_adapter(folder)
-    own = stored.get("kasa_config")
-    if own is None:
-        raise BadInput("folder", str(folder), "holds another kind of adapter", "load it with PEFT")
-    known = {field.name for field in fields(Settings)}
-    settings = Settings(**{"truncate_rank": stored["r"], **{k: v for k, v in own.items() if k in known}})
-    plain = LoraConfig()
-    for name, value in stored.items():
-        if name not in TAKEN and value and value != getattr(plain, name, value):
-            problem = f"was trained with {name} = {value}, which is not offered"
-            raise NotApplicable("folder", str(folder), problem, "load it with PEFT")
-    config = LoraConfig(**{name: stored[name] for name in OWN if name in stored}, kasa_config=settings)
+    config, settings = read_config(stored, folder)
     layers, truncated = linear_targets(model, config.target_modules, config.modules_to_save), False
     if settings.base_hash:
         seen = weights_hash(layers, getattr(torch, settings.base_dtype))
@@ -357,8 +341,15 @@ def load(
         if seen != settings.base_hash and not truncated:
             problem = "was trained on other weights than this model's"
             raise IncompatibleModels("folder", str(folder), problem, "load the base model it was trained on")
-    adapted = _attach(model, config, settings, keep_base=keep_base, seed=0, truncated=truncated)
-    fill_adapter(adapted, tensors, folder, "lora_")
+    adapted = _attach(model, config, settings, keep_base="copy", seed=0, truncated=truncated)
+    try:
+        fill_adapter(adapted, tensors, folder, "lora_")
+    except IncompatibleModels:
+        base_before(adapted)
+        raise
+    for layer in adapted.modules():
+        if keep_base == "none" and isinstance(layer, KasaLinear) and layer.record is not None:
+            layer.record.original = None
     adapted.base_model.requires_grad_(False)
     adapted.set_adapter(adapted.active_adapter, inference_mode=not trainable)
     return adapted.eval()

@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import read_rows
 from .errors import BadInput
+from .files import hash_state
 from .generate import encode_pair, pad_batch, pad_id_of
+from .runs import check_positive
 
 __all__ = [
     "IGNORED",
@@ -22,6 +24,7 @@ __all__ = [
     "data_identity",
     "encode_examples",
     "minibatches",
+    "own_generators",
     "pad_collator",
     "target_logits",
     "target_loss",
@@ -98,11 +101,17 @@ def text_rows(
         argument: How messages call the source.
 
     Raises:
-        BadInput: no such file, another ending, a record without these fields, or no row at all.
+        BadInput: no such file, another ending, no UTF-8, a record without these fields, or no row at all.
     """
     path = Path(source)
+    check_positive(block=block)
     if path.suffix in (".txt", ".md"):
-        texts = [path.read_text(encoding="utf-8")]
+        try:
+            texts = [path.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(
+                argument, str(path), f"cannot be read ({error})", "give a text in UTF-8"
+            ) from error
         pairs: list[tuple[str, str]] = []
     else:
         texts, pairs = [], []
@@ -149,7 +158,8 @@ def pad_collator(
 ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
     """A collator that pads on the right to the longest row of the batch.
 
-    Rows carry `input_ids` and, optionally, `labels`: a list per row (padded with -100) or one class number.
+    Rows carry `input_ids` and, optionally, `labels`: a list or 1-d tensor per row (padded with -100) or one class
+    number. Other fields are left out.
     The result holds int64 tensors `input_ids`, `attention_mask` and `labels` `[B, T]` (class numbers: `[B]`).
 
     Args:
@@ -157,11 +167,14 @@ def pad_collator(
     """
     pad = tokenizer if isinstance(tokenizer, int) else pad_id_of(tokenizer)
 
+    def listed(value: Any) -> Any:
+        return value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
+
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        ids, mask = pad_batch([row["input_ids"] for row in rows], pad)
+        ids, mask = pad_batch([listed(row["input_ids"]) for row in rows], pad)
         batch = {"input_ids": ids, "attention_mask": mask}
         if "labels" in rows[0]:
-            labels = [row["labels"] for row in rows]
+            labels = [listed(row["labels"]) for row in rows]
             whole = isinstance(labels[0], (list, tuple))
             batch["labels"] = pad_batch(labels, IGNORED)[0] if whole else torch.tensor(labels)
         return batch
@@ -172,12 +185,12 @@ def pad_collator(
 def target_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a causal language model where the targets are, for batches whose targets come last.
 
-    Rows are moved to the right-hand side first, so that the columns holding targets are few, and the head is
+    Tokens are moved to the right-hand side first, so that the columns holding targets are few, and the head is
     applied to those only. With short answers after longer prompts this saves most of its time and memory.
 
     Args:
         model: A causal language model or a PEFT model around one.
-        batch: `input_ids`, `attention_mask`, `labels`, int64 `[B, T]`, padded on the right.
+        batch: `input_ids`, `attention_mask`, `labels`, int64 `[B, T]`, padded on either side.
 
     Returns:
         `(logits float32 [B, n, V], labels int64 [B, n])`, aligned: logits at j predict label j; -100 where there
@@ -185,8 +198,7 @@ def target_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.
     """
     mask = batch["attention_mask"]
     width = mask.shape[1]
-    columns = torch.arange(width, device=mask.device)
-    moved = (columns - (width - mask.sum(1, keepdim=True))) % width  # [B, T]: where each column comes from
+    moved = mask.argsort(dim=1, stable=True)  # [B, T]: where each column comes from
     ids, labels = batch["input_ids"].gather(1, moved), batch["labels"].gather(1, moved)
     mask = mask.gather(1, moved)
     labels = labels.masked_fill(mask.cumsum(1) <= 1, IGNORED)  # nothing predicts a row's first token
@@ -220,11 +232,22 @@ def data_identity(dataset: Any) -> str:
         return str(fingerprint)
     digest = hashlib.sha256()
     for i in range(len(dataset)):
-        row = dataset[i]
-        digest.update(
-            repr({key: row[key] for key in sorted(row)} if isinstance(row, Mapping) else row).encode()
-        )
+        digest.update(repr(_described(dataset[i])).encode())
     return f"{len(dataset)}:{digest.hexdigest()}"
+
+
+def _described(value: Any) -> Any:
+    """What `repr` tells in full: tensors and arrays print a few digits of a few entries only."""
+    if isinstance(value, Mapping):
+        return {key: _described(value[key]) for key in sorted(value)}
+    if isinstance(value, (list, tuple)) and not all(type(item) in (int, str) for item in value):
+        return [_described(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), hash_state({"": value})
+    if isinstance(value, np.ndarray):
+        content = value.tolist() if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()
+        return str(value.dtype), value.shape, content
+    return value
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):
@@ -264,6 +287,14 @@ class EpochOrder(torch.utils.data.Sampler[int]):
                 (batches if len(batch) == self.batch_size else short).append(batch)
         mixed = [batches[i] for i in random.permutation(len(batches)).tolist()]
         return iter([i for batch in (*mixed, *short) for i in batch])  # a short batch stays last
+
+
+def own_generators(batches: Any) -> list[torch.Generator]:
+    """The random generators that a `DataLoader` or its sampler draws its order from, other than the global one."""
+    parts = [batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)]
+    parts.append(getattr(parts[-1], "sampler", None))
+    found = [getattr(part, "generator", None) for part in parts]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def minibatches(

@@ -30,6 +30,7 @@ __all__ = [
     "load_checkpoint",
     "load_rng",
     "load_weights",
+    "read_json",
     "rng_state",
     "save_checkpoint",
     "set_rng_state",
@@ -138,7 +139,7 @@ def save_checkpoint(
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "rng": {key: value for key, value in rng.items() if key not in rng_tensors},
     }
-    with atomic_dir(target) as work:
+    with atomic_dir(target, mark=_STATE) as work:
         write_tensors(work / "model.safetensors", trained_tensors(model))
         write_tensors(work / "optimizer.safetensors", tensors)
         write_tensors(work / "rng.safetensors", rng_tensors)
@@ -156,7 +157,7 @@ def load_checkpoint(folder: Path, *, optimizer: Any = None, scheduler: Any = Non
         CorruptFile: a file is missing or unreadable.
         IncompatibleModels: the optimizer has other parameters than the one saved.
     """
-    state = _read_state(folder)
+    state = read_json(folder)
     if optimizer is not None:
         tensors = _read_tensors(folder, "optimizer")
         joined = _join(tensors, state["optimizer"]["state"])
@@ -169,6 +170,13 @@ def load_checkpoint(folder: Path, *, optimizer: Any = None, scheduler: Any = Non
                 f"was written with other parameters ({error})",
                 "use another folder",
             ) from error
+        # torch casts states to their parameter's dtype; those kept in float32 beside bfloat16 would be rounded.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, entries in joined.items():
+            own = optimizer.state[parameters[index]]
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    own[key] = value.to(own[key].device)
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
     return {**state["values"], "step": state["step"]}
@@ -197,15 +205,21 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
             tensor.copy_(tensors[name])
 
 
-def load_rng(folder: Path, name: str = "now") -> None:
-    """Put back the random state called `name` of a checkpoint."""
-    tensors = _read_tensors(folder, "rng")
-    every = {**tensors, **_read_state(folder)["rng"]}
-    set_rng_state({key[len(name) + 1 :]: value for key, value in every.items() if key.startswith(name + "/")})
+def load_rng(folder: Path, name: str = "now") -> dict[str, Any]:
+    """Put back the random state called `name` of a checkpoint, and return it."""
+    every = {**_read_tensors(folder, "rng"), **read_json(folder)["rng"]}
+    state = {key[len(name) + 1 :]: value for key, value in every.items() if key.startswith(name + "/")}
+    set_rng_state(state)
+    return state
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    with _told(folder / _STATE) as path:
+def read_json(folder: Path, name: str = _STATE) -> Any:
+    """Content of one of a checkpoint's JSON files.
+
+    Raises:
+        CorruptFile: it is missing or unreadable.
+    """
+    with _told(folder / name) as path:
         return json.loads(path.read_text())
 
 

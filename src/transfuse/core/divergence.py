@@ -172,7 +172,7 @@ def tokenwise(
 
     Raises:
         IncompatibleModels: the shapes differ.
-        BadInput: a mask of another shape, or a temperature that is not positive.
+        BadInput: a mask of another shape, a temperature that is not positive, an unknown reduction.
     """
     if student.shape != teacher.shape:
         shapes = (tuple(student.shape), tuple(teacher.shape))
@@ -180,6 +180,8 @@ def tokenwise(
         raise IncompatibleModels("logits", shapes, "differ in shape", remedy)
     if not temperature > 0:
         raise BadInput("temperature", temperature, "is not positive", "give a number above 0")
+    if reduction not in ("mean", "sum", "none"):
+        raise BadInput("reduction", reduction, "is not known", 'use "mean", "sum" or "none"')
     tokens, width = student.shape[:-1], student.shape[-1]
     if mask is None:
         counts = torch.ones(tokens, dtype=torch.bool, device=student.device)

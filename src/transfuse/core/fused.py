@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .errors import BadInput, IncompatibleModels
 from .runs import evaluating
@@ -86,7 +87,12 @@ def head_of(model: Any) -> Head | None:
     """The head of a causal language model, or None where its logits are made in a way not known here.
 
     The model is run once on a few tokens, and its logits are compared with the head's.
+
+    Args:
+        model: A transformers model or a PEFT model around one.
     """
+    if hasattr(model, "get_base_model"):  # PEFT's own `base_model` is its tuner
+        model = model.get_base_model()
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     body = getattr(model, "base_model", None)
     if (
@@ -277,6 +283,7 @@ class _Fused(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable  # to a second derivative the first ones would look constant
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are as large as the head
         if gradients is None:

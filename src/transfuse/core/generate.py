@@ -1,4 +1,4 @@
-"""Batched greedy answers and teacher-forced scores of causal language models."""
+"""Batched greedy answers and teacher-forced scores of causal language models, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BadInput
+from .runs import evaluating
 from .taps import contiguous_head
 
 __all__ = [
@@ -129,7 +130,7 @@ def generate_ids(
         chosen = order[start : start + batch_size]
         ids, mask = pad_batch([rows[i] for i in chosen], pad, side="left", device=model.device)
         check_length(model, ids.shape[1] + max_new_tokens)
-        with contiguous_head(model):
+        with evaluating(model), contiguous_head(model):
             out = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                 temperature=None, top_p=None, top_k=None, pad_token_id=pad,
@@ -162,7 +163,7 @@ def generate_texts(
     return [tokenizer.decode(ids, skip_special_tokens=True).lstrip(" ") for ids in new]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # results may be weights of a loss, which inference tensors cannot
 def _forced(
     model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], pad: int, batch_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -178,7 +179,7 @@ def _forced(
         check_length(model, ids.shape[1])
         longest = max(len(pairs[i][1]) for i in chosen)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        with contiguous_head(model):
+        with evaluating(model), contiguous_head(model):
             out = model(
                 input_ids=ids,
                 attention_mask=mask,

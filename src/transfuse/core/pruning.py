@@ -25,8 +25,8 @@ def prune(
     """A smaller copy of a transformers model; `model` is left alone.
 
     Blocks are kept whole. Of an MLP the neurons are kept whose rows and columns have the largest product of norms.
-    The copy's config says its new sizes, so that it is saved and loaded like any model, and `transfuse_layer_map`,
-    the numbers of the blocks it kept.
+    The copy's config says its new sizes, so that it is saved and loaded like any model (which is checked), and
+    `transfuse_layer_map`, the numbers of the blocks it kept.
 
     Args:
         model: Any transformers model with a stack of blocks.
@@ -39,7 +39,8 @@ def prune(
 
     Raises:
         BadInput: counts out of range, or both `layers` and `keep`.
-        NotApplicable: MLPs of a kind not known here, for `intermediate`.
+        NotApplicable: MLPs of a kind not known here, for `intermediate`; an architecture whose config cannot say
+            what was cut away (the place of its dense blocks among those with experts, say).
     """
     names = taps.decoder_layers(model)
     chosen = _chosen(len(names), layers, keep)
@@ -64,8 +65,23 @@ def prune(
     if intermediate is not None:
         for i, block in enumerate(blocks):
             _narrow(block, intermediate, f"block {i}")
-        config.intermediate_size = intermediate
+        setattr(config, "ffn_dim" if hasattr(config, "ffn_dim") else "intermediate_size", intermediate)
+    if not _described(student) and _described(model):
+        problem = "would not be loaded as it is: its config cannot say what was cut away"
+        remedy = "keep other blocks, or the whole width"
+        raise NotApplicable("model", type(model).__name__, problem, remedy)
     return student
+
+
+def _described(model: Any) -> bool:
+    """Whether a model's config makes a model with the same parameters."""
+    try:
+        with torch.device("meta"):
+            made = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    except Exception:  # whatever an architecture raises at a config that contradicts itself
+        return False
+    shapes = ({name: p.shape for name, p in each.named_parameters()} for each in (made, model))
+    return next(shapes) == next(shapes)
 
 
 def load_or_prune(spec: str | Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
@@ -74,11 +90,16 @@ def load_or_prune(spec: str | Mapping[str, Any], **options: Any) -> tuple[Any, A
     Args:
         spec: As `transfuse.load` takes it, or `{"prune": such a spec, "layers": 10}` with the arguments of `prune`.
         **options: Those of `transfuse.load`.
+
+    Raises:
+        BadInput: a mapping without `prune`; what the two raise.
     """
     from .models import load
 
     if isinstance(spec, str):
         return load(spec, **options)
+    if "prune" not in spec:
+        raise BadInput("spec", dict(spec), "names no model", 'give {"prune": a model, "layers": 10}')
     model, tokenizer = load(spec["prune"], **options)
     return prune(model, **{name: value for name, value in spec.items() if name != "prune"}), tokenizer
 

@@ -1,15 +1,18 @@
 """Read and replace activations of any transformers model, by module pattern; always restored.
 
 Every forward hook of the library is registered here. All functions are context managers: hooks and swapped
-modules are put back on exit, on error, and when contexts are nested.
+modules are put back on exit, on error, and when contexts are nested. What `torch.compile` made of a model does not
+look for hooks that came after it, so compiled models run uncompiled inside.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import fnmatch
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,11 +41,15 @@ class Stopped(Exception):
 def match(model: nn.Module, pattern: str) -> list[str]:
     """Names of the modules that `pattern` (shell wildcards) selects, in definition order.
 
+    A module in several places has several names, and is found once: under the first that fits.
+
     Raises:
         BadInput: nothing matches; the nearest name is suggested.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    places = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    names = [name for name, _ in places]
+    first = {id(module): name for name, module in reversed(places) if fnmatch.fnmatchcase(name, pattern)}
+    found = [name for name, module in places if first.get(id(module)) == name]
     if not found:
         near = difflib.get_close_matches(pattern, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "list them with model.named_modules()"
@@ -51,30 +58,59 @@ def match(model: nn.Module, pattern: str) -> list[str]:
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
-    """Names of the model's stack of blocks: the longest `ModuleList` of modules of one class.
+    """Names of the model's stack of blocks: of its language model's, if it is one of several parts.
+
+    The first `ModuleList` of as many modules as the configuration says; without one, the longest whose modules are
+    of one class.
 
     Raises:
         BadInput: the model has no such stack.
     """
-    best: list[str] = []
+    config = getattr(model, "config", None)
+    language: Callable[[], Any] = getattr(model, "get_decoder", lambda: model)
+    inner: Any = model if getattr(config, "is_encoder_decoder", False) else language()
+    count = getattr(getattr(inner, "config", config), "num_hidden_layers", None)
+    parts = set(inner.modules()) if isinstance(inner, nn.Module) else set(model.modules())
+    best, size = "", 0
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) > len(best)
-            and len({type(m.block if isinstance(m, _Skip) else m) for m in module}) == 1
-        ):
-            best = [f"{name}.{i}" for i in range(len(module))]
-    if not best:
+        if not isinstance(module, nn.ModuleList) or module not in parts:
+            continue
+        if len(module) == count:
+            best, size = name, len(module)
+            break
+        alike = len({type(m.block if isinstance(m, _Skip) else m) for m in module}) == 1
+        if alike and len(module) > size:
+            best, size = name, len(module)
+    if not size:
         raise BadInput("model", type(model).__name__, "has no stack of blocks", "give a transformer model")
-    return best
+    return [f"{best}.{i}" for i in range(size)]
 
 
 def _first(value: Any) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else value[0]  # tuples and transformers' output records
+    """The tensor of an output: itself, or the first of a tuple or of one of transformers' records."""
+    if isinstance(value, Mapping):
+        return next(iter(value.values()))
+    return value if isinstance(value, torch.Tensor) else value[0]
 
 
 def _with_first(value: Any, new: torch.Tensor) -> Any:
-    return (new, *value[1:]) if isinstance(value, tuple) else new
+    if isinstance(value, torch.Tensor):
+        return new
+    if isinstance(value, Mapping):
+        changed: Any = copy.copy(value)
+        changed[next(iter(value))] = new
+        return changed
+    return (new, *value[1:])
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled graphs are not asked again whether there are hooks: with none seen, later ones would be passed by."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager
@@ -92,7 +128,8 @@ def capture(
         model: Any module.
         patterns: Module names or wildcards (`model.layers.*.mlp`).
         inputs: Record the first positional input instead of the output.
-        grad: Keep the graph; tensors are detached otherwise.
+        grad: Keep the graph; tensors are detached otherwise. Gradient checkpointing of the reentrant kind makes none
+            in its forward pass: use the other (`use_reentrant=False`, transformers' default).
         stop: End a pass made by `store.run(**batch)` as soon as all matching modules were called once: layers
             above cost nothing, and the model's own output is not available. Plain calls run to their end.
 
@@ -118,6 +155,7 @@ def capture(
         return lambda module, args, output: see(name, output)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_uncompiled())
         for name in names:
             module = model.get_submodule(name)
             handle = (
@@ -162,12 +200,15 @@ def replace(
 ) -> Iterator[None]:
     """Pass the output (or first input) of matching modules through a function, in every forward pass inside.
 
+    Gradient checkpointing makes forward passes again during the backward pass, which then belongs inside too.
+
     Args:
         model: Any module.
         changes: Pattern -> function of the tensor `[batch, tokens, width]`, returning one of the same shape.
         inputs: Change the first positional input instead of the output.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_uncompiled())
         for pattern, function in changes.items():
             for name in match(model, pattern):
                 module = model.get_submodule(name)
@@ -200,7 +241,8 @@ def watch(module: nn.Module, function: Callable[[dict[str, Any]], None]) -> Iter
 
     handle = module.register_forward_pre_hook(pre, with_kwargs=True)
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         handle.remove()
 
@@ -233,6 +275,7 @@ class _Skip(nn.Module):
 
     def __init__(self, block: nn.Module, tupled: bool):
         super().__init__()
+        block = block.block if isinstance(block, _Skip) else block
         self.__dict__["block"] = block  # not registered: parameters keep one owner
         self.tupled = tupled
 

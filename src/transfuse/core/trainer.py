@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .batches import EpochOrder, pad_collator
-from .checkpoints import load_checkpoint, load_rng, load_weights, save_checkpoint
+from .checkpoints import load_checkpoint, load_rng, load_weights, read_json, save_checkpoint
 from .errors import BadInput
-from .runs import check_finite
+from .runs import check_finite, check_number, check_positive
 
-__all__ = ["SafeTrainer", "run_trainer"]
+__all__ = ["SafeTrainer", "check_settings", "run_trainer"]
 
 
 class SafeTrainer(Trainer):
@@ -28,7 +29,7 @@ class SafeTrainer(Trainer):
     Here the trained tensors, the optimizer and the random states are safetensors, the rest JSON, and the
     folder appears whole; the previous one goes only then. The data order depends on seed and epoch alone
     (`EpochOrder`), so that a run killed at any moment and resumed ends with the same weights, on CPU bit
-    for bit. A loss that is not finite raises `TrainingDiverged` before the update.
+    for bit. A loss or gradient that is not finite raises `TrainingDiverged` before the update.
 
     Args:
         loss: Replaces the model's own loss: gets model and batch, returns a mean over the batch.
@@ -91,9 +92,11 @@ class SafeTrainer(Trainer):
             self._parts = []
         return value
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
-        check_finite(torch.as_tensor(norm), self.state.global_step, self.args.learning_rate)
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of an update's gradient, clipped or not: asked for before every update."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # fp16's loss scaling passes such an update by
+            check_finite(torch.as_tensor(norm), self.state.global_step, self.args.learning_rate)
         return norm
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -118,10 +121,13 @@ class SafeTrainer(Trainer):
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
             values={"identity": self.identity, "losses": self.losses, "finished": finished},
-            extra={"trainer_state.json": text},
+            extra={TRAINER_STATE_NAME: text},
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read_json(
+            Path(resume_from_checkpoint), TRAINER_STATE_NAME
+        )  # Trainer reads it next, and would not say what to do
         load_weights(Path(resume_from_checkpoint), self.model if model is None else model)
 
     def resume_weights(self, folder: Path) -> None:
@@ -149,6 +155,27 @@ class SafeTrainer(Trainer):
         super()._save(str(folder), state_dict)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of `args`
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the settings of `core.training.fit`.
+
+    Raises:
+        BadInput: one is out of range.
+    """
+    check_positive(**{name: settings[name] for name in ("epochs", "max_steps", "batch_size", "accumulation")})
+    check_number("lr", settings["lr"])
+    for name in ("weight_decay", "warmup"):
+        check_number(name, settings[name], zero=True)
+    if settings["clip"] is not None:
+        check_number("clip", settings["clip"])
+    betas, schedule = settings["betas"], settings["schedule"]
+    if schedule not in ("constant", "linear", "cosine"):
+        raise BadInput("schedule", schedule, "is not known", 'use "constant", "linear" or "cosine"')
+    if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
+        raise BadInput(
+            "betas", betas, "are not two numbers from 0 to below 1", "give a pair like (0.9, 0.95)"
+        )
 
 
 class _Progress(TrainerCallback):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .batches import data_identity, encode_examples, pad_collator
+from .batches import data_identity, encode_examples, own_generators, pad_collator
 from .checkpoints import (
     load_checkpoint,
     load_rng,
@@ -25,7 +25,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .errors import BadInput, TrainingDiverged
-from .runs import History, check_finite, check_positive, discard_run, open_run, training_mode
+from .runs import History, check_finite, check_number, check_positive, discard_run, open_run, training_mode
 
 __all__ = ["History", "encode_examples", "fit", "generator", "loop", "optimise", "pad_collator", "seeded"]
 
@@ -166,8 +166,8 @@ def loop(
         model: Holds every trained parameter (a `ModuleDict` if there are several models). Put into training
             mode for the duration; each submodule's mode is restored.
         batches: An iterable that can be iterated once per epoch, or a function of the epoch number that
-            returns one. Its order may use the global random state when iteration begins, not later. Tensors
-            are moved to the model's device.
+            returns one. Its order may use the global random state when iteration begins, not later, and a
+            `DataLoader`'s own generator. Tensors are moved to the model's device.
         step: Returns the loss of a batch, a scalar or a dict with `"loss"`.
         optimizer: A torch optimizer over the model's parameters.
         scheduler: A learning-rate scheduler, stepped after each update.
@@ -184,22 +184,35 @@ def loop(
             decides the result and is in no other argument, such as the settings behind `step` and the data.
 
     Raises:
-        BadInput: an argument out of range; a checkpoint of a run with other arguments or another identity.
+        BadInput: an argument out of range; an epoch without batches; a trained parameter outside of `model`,
+            which checkpoints would miss; a checkpoint of a run with other arguments or another identity.
         TrainingDiverged: a loss or gradient became NaN or infinite. No update is made with it and the run's
-            checkpoints are removed.
+            checkpoints are removed. (Loss scaling, for fp16, passes updates with infinite gradients by.)
     """
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
 
     check_positive(epochs=epochs, accumulation=accumulation, save_every=save_every)
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    if clip is not None:
+        check_number("clip", clip)
+    remedy = "give a list, a DataLoader, or a function of the epoch that makes an iterator anew"
+    if isinstance(batches, Iterator) and epochs > 1:
+        raise BadInput("batches", type(batches).__name__, "can be iterated once only", remedy)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if output_dir is not None and not {id(p) for p in trained} <= {id(p) for p in model.parameters()}:
+        problem = "has parameters that are not the model's, which no checkpoint would hold"
+        raise BadInput("optimizer", type(optimizer).__name__, problem, "put all that is trained into `model`")
+    groups = [
+        {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+        for group in optimizer.param_groups
+    ]
     known = {"loop": [epochs, accumulation, clip, seed, type(optimizer).__name__, groups], **(identity or {})}
     folder, last = open_run(output_dir, known, resume)
     accelerator = Accelerator()
     world, rank = accelerator.num_processes, accelerator.process_index
     rule = accelerator.prepare(optimizer)
     device = next(model.parameters()).device
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    private = own_generators(batches)
     losses: list[float] = []
     epoch_start: dict[str, Any] = {}
     at, skip, saved, started = 0, 0, -1, time.perf_counter()
@@ -232,9 +245,14 @@ def loop(
                     p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
                 total = float(accelerator.reduce(torch.tensor(total, device=device), "sum"))
             if clip is not None:
-                check_finite(torch.as_tensor(accelerator.clip_grad_norm_(trained, clip)), len(losses))
+                norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, clip))
+            else:
+                dense = [p.grad for p in trained if p.grad is not None and p.grad.layout == torch.strided]
+                norm = torch.nn.utils.get_total_norm(dense)
+            if accelerator.scaler is None:
+                check_finite(norm, len(losses))
             rule.step()
-            if scheduler is not None:
+            if scheduler is not None and not accelerator.optimizer_step_was_skipped:
                 scheduler.step()
             return total
 
@@ -242,13 +260,19 @@ def loop(
             for epoch in range(at, epochs):
                 resuming = last if epoch == at else None
                 if resuming is not None:
-                    load_rng(resuming, "epoch")  # so that the epoch's order is drawn as it was
-                epoch_start = rng_state()
+                    drawn = load_rng(resuming, "epoch")  # so that the epoch's order is drawn as it was
+                    for i, own in enumerate(private):
+                        own.set_state(drawn[f"own.{i}"])
+                epoch_start = rng_state() | {f"own.{i}": own.get_state() for i, own in enumerate(private)}
                 stream = iter(batches(epoch) if callable(batches) else batches)
                 seen = 0
                 if resuming is not None:
                     seen = sum(1 for _ in itertools.islice(stream, skip))
                     load_rng(resuming)
+                    if seen < skip:
+                        raise BadInput(
+                            "batches", seen, f"are fewer than the {skip} made use of", "give the same"
+                        )
                 while group := list(itertools.islice(stream, accumulation * world)):
                     seen += len(group)
                     losses.append(update(group))
@@ -257,6 +281,8 @@ def loop(
                     if save_every is not None and len(losses) % save_every == 0:
                         save(epoch, seen)
                         saved = len(losses)
+                if not seen:
+                    raise BadInput("batches", f"epoch {epoch}", "gave none", remedy)
             if saved != len(losses):
                 save(epochs, 0)
         except TrainingDiverged:
@@ -291,6 +317,7 @@ def fit(
     output_dir: str | os.PathLike[str] | None = None,
     save_every: int | None = None,
     resume: bool = True,
+    identity: Mapping[str, Any] | None = None,
 ) -> History:
     """Train `model` in place with AdamW: a quiet, resumable call of `transformers.Trainer`.
 
@@ -323,44 +350,45 @@ def fit(
             repeated; saving the model itself is the caller's business.
         save_every: Updates between checkpoints; None writes one at the end only.
         resume: Go on from a checkpoint in `output_dir`; False removes it and starts over.
+        identity: As in `loop`: what decides the result and is in no other argument, such as the settings of
+            `loss`. Of functions, a checkpoint knows the names only.
 
     Raises:
         BadInput: an argument out of range, no rows, nothing to train; a checkpoint of another run.
-        TrainingDiverged: the loss became NaN or infinite. No update is made with it and the run's
-            checkpoints are removed.
+        TrainingDiverged: the loss or a gradient became NaN or infinite. No update is made with it and the
+            run's checkpoints are removed.
     """
-    from .trainer import run_trainer
+    from .trainer import check_settings, run_trainer
 
     if (epochs is None) == (max_steps is None):
         raise BadInput("epochs", epochs, f"and max_steps = {max_steps} do not agree", "give one of the two")
-    check_positive(
-        epochs=epochs, max_steps=max_steps, batch_size=batch_size, accumulation=accumulation,
-        save_every=save_every,
-    )  # fmt: skip
-    if not lr > 0:
-        raise BadInput("lr", lr, "is not positive", "give a positive learning rate")
-    if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
-        raise BadInput(
-            "betas", betas, "are not two numbers from 0 to below 1", "give a pair like (0.9, 0.95)"
-        )
+    settings = {
+        "lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
+        "accumulation": accumulation, "weight_decay": weight_decay, "betas": list(betas), "schedule": schedule,
+        "warmup": warmup, "clip": clip, "seed": seed, "group_by_length": group_by_length,
+    }  # fmt: skip
+    check_positive(save_every=save_every)
+    check_settings(settings)
+    if not hasattr(dataset, "__len__"):
+        raise BadInput("dataset", type(dataset).__name__, "has no length", "give a list or a `Dataset`")
     if len(dataset) == 0:
         raise BadInput("dataset", "[]", "has no rows", "give at least one example")
     if not any(p.requires_grad for p in model.parameters()):
         raise BadInput(
             "model", type(model).__name__, "has nothing to train", "set requires_grad or add an adapter"
         )
-    settings = {
-        "lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
-        "accumulation": accumulation, "weight_decay": weight_decay, "betas": list(betas), "schedule": schedule,
-        "warmup": warmup, "clip": clip, "seed": seed, "group_by_length": group_by_length,
-    }  # fmt: skip
-    identity = {"fit": settings, "data": data_identity(dataset) if output_dir is not None else ""}
-    folder, last = open_run(output_dir, identity, resume)
+    names = [
+        None if f is None else getattr(f, "__qualname__", type(f).__name__)
+        for f in (loss, extra_loss, collator)
+    ]
+    data = data_identity(dataset) if output_dir is not None else ""
+    known = {"fit": settings, "functions": names, "data": data, **(identity or {})}
+    folder, last = open_run(output_dir, known, resume)
     started = time.perf_counter()
     try:
         with seeded(seed), training_mode(model):
             losses, resumed = run_trainer(
-                model, dataset, settings, identity=identity, folder=folder, last=last, save_every=save_every,
+                model, dataset, settings, identity=known, folder=folder, last=last, save_every=save_every,
                 collator=collator, loss=loss, extra_loss=extra_loss, on_step=on_step, callbacks=callbacks,
             )  # fmt: skip
     except TrainingDiverged:
