@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -108,6 +109,15 @@ def test_ties_do_not_depend_on_the_order():
         adaptive_ece(p, y, bins=3) for y in ([0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 0, 0])
     }
     assert len(values) == 1 and values.pop() == pytest.approx(0.3)
+
+
+def test_brier_of_a_vocabulary_needs_no_square_matrix():
+    classes = 40_000  # squared in float64: 12.8 GB
+    tracemalloc.start()
+    found = brier(np.full((2, classes), 1 / classes), [0, classes - 1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == pytest.approx(1 - 1 / classes) and peak < 1e8
 
 
 def test_tensors_of_any_kind():

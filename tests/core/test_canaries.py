@@ -121,6 +121,13 @@ def test_the_limits():
         assert found.rank == rank and found.bits == pytest.approx(math.log2(1000 / rank))
 
 
+def test_a_model_gone_to_nan_exposes_nothing():
+    model = markov()
+    model.table.data.fill_(math.nan)
+    with pytest.raises(BadInput, match="model = 'Markov' scores texts with NaN; check its weights"):
+        canary_exposure(model, encode, "code {secret}", "3", Digits(1))
+
+
 def test_chance_is_one_and_a_half_bits():
     model = markov(5)
     bits = [canary_exposure(model, encode, c.template, c.secret, c.space).bits for c in make_canaries(60, 0)]

@@ -256,6 +256,8 @@ def test_broken_records(reader, row, place):
         ("{'subject': 'a'}", "is not JSON (Expecting property name"),
         ('{"a": 1} {"b": 2}', "is not JSON (Extra data"),
         ("nonsense", "is not JSON (Expecting value"),
+        ("1" * 5000, "is not JSON (Exceeds the limit"),
+        ("[" * 100_000, "is not JSON (maximum recursion depth"),
     ],
 )
 def test_broken_json_names_the_line(tmp_path, line, says):
@@ -279,6 +281,8 @@ def test_bytes_that_are_no_text(tmp_path):
     ("name", "content", "error", "says"),
     [
         ("facts.json", b"[{", CorruptFile, "is not JSON"),
+        ("facts.json", b"[" + b"1" * 5000 + b"]", CorruptFile, "is not JSON"),
+        ("facts.json", b"[" * 100_000, CorruptFile, "is not JSON"),
         ("facts.json", b'{"subject": "a"}', BadInput, "does not hold a list; give a JSON list"),
         ("facts.json", b"[]", BadInput, "is empty; give records"),
         ("facts.jsonl", b"", BadInput, "is empty; give records"),
@@ -307,11 +311,13 @@ def test_truncated_parquet(tmp_path):
 
 
 def test_what_is_no_source(tmp_path):
-    for missing in (tmp_path / "none.jsonl", str(tmp_path)):
+    for missing in (tmp_path / "none.jsonl", "~nobody-at-all/facts.jsonl"):
         with pytest.raises(
             BadInput, match=r"^facts = .* does not exist; give a \.jsonl, \.json or \.parquet"
         ):
             read_facts(missing)
+    with pytest.raises(BadInput, match=r"^facts = .* is a folder; give a \.jsonl, \.json or \.parquet"):
+        read_facts(str(tmp_path))
     with pytest.raises(
         BadInput, match=r"^facts = 3 is not a list of records or a file; give a path or a list"
     ):
@@ -326,6 +332,19 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "facts.jsonl", [GOOD])
     assert read_facts("~/facts.jsonl") == [Fact(**GOOD)]
+
+
+@pytest.mark.parametrize("name", ["facts.jsonl", "facts.json", "FACTS.JSON", "Facts.JSONL"])
+def test_byte_order_marks_and_capital_endings(tmp_path, name):
+    text = json.dumps(GOOD if name.lower().endswith("l") else [GOOD])
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_facts(tmp_path / name) == [Fact(**GOOD)]
+
+
+def test_half_a_surrogate_pair_is_placed(tmp_path):
+    path = write(tmp_path / "facts.jsonl", [GOOD, json.dumps({**GOOD, "target": "a\ud83d"})])
+    with pytest.raises(BadInput, match=r"^facts\.jsonl:2: target = .* holds half a surrogate pair"):
+        read_facts(path)
 
 
 def test_an_identifier_used_twice_is_placed(tmp_path):

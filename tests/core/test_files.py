@@ -76,7 +76,19 @@ def test_write_makes_folders_and_replaces(tmp_path, data, raw):
         assert names(path.parent) == ["file"]
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_modes_follow_the_umask(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "file", "private")
+        with atomic_dir(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("stop")])
 def test_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, step, error):
     path = tmp_path / "file"
@@ -94,7 +106,7 @@ def test_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, step,
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("before", [None, "old"])
 def test_write_that_is_killed_leaves_the_old_state(tmp_path, step, before):
     path = tmp_path / "file"
@@ -161,13 +173,31 @@ def test_dir_appears_whole_and_replaces(tmp_path, monkeypatch, exchange):
         monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
     target = tmp_path / "deep" / "out"
     for text in ("first", "second"):
-        with atomic_dir(target) as work:
+        with atomic_dir(target, mark="a") as work:
             assert work.parent == target.parent
             fill(work, text)
             assert not target.exists() or content(target) == {"a": "first", "b": "first"}
         assert content(target) == {"a": text, "b": text}
         assert target.stat().st_mode & 0o777 == 0o755
         assert names(target.parent) == ["out"]
+
+
+def test_dir_keeps_what_is_no_earlier_result(tmp_path):
+    """A folder of other things is refused before any work, not emptied."""
+    target = tmp_path / "models"
+    (target / "mine").mkdir(parents=True)
+    lost = r"holds files, and no transfuse\.json: they would be lost; choose"
+    with pytest.raises(BadInput, match=lost), atomic_dir(target):
+        raise AssertionError("the work was begun")
+    assert names(tmp_path) == ["models"] and names(target) == ["mine"]
+    (target / "mine").rmdir()
+    for _ in range(2):  # an empty folder, then an earlier result
+        with atomic_dir(target) as work:
+            (work / "transfuse.json").write_text("{}")
+    (target / "mine").mkdir()
+    with atomic_dir(target, mark=None):
+        pass
+    assert not names(target)
 
 
 @pytest.mark.parametrize("before", ["file", "link", "dangling"])
@@ -180,11 +210,11 @@ def test_dir_replaces_what_is_no_folder(tmp_path, before):
     else:
         target.symlink_to(elsewhere if before == "link" else tmp_path / "nowhere")
     if before == "dangling":
-        with pytest.raises(BadInput, match="cannot be written"), atomic_dir(target) as work:
+        with pytest.raises(BadInput, match="cannot be written"), atomic_dir(target, mark="a") as work:
             fill(work, "new")
         assert target.is_symlink()
     else:
-        with atomic_dir(target) as work:
+        with atomic_dir(target, mark="a") as work:
             fill(work, "new")
         assert content(target) == {"a": "new", "b": "new"} and not target.is_symlink()
     assert names(tmp_path) == ["elsewhere", "out"] and names(elsewhere) == ["kept"]
@@ -197,12 +227,12 @@ def test_dir_that_fails_leaves_the_old_state(tmp_path, before, error):
     if before:
         target.mkdir()
         fill(target, before)
-    with pytest.raises(type(error)), atomic_dir(target) as work:
+    with pytest.raises(type(error)), atomic_dir(target, mark="a") as work:
         (work / "a").write_text("half")
         raise error
     assert names(tmp_path) == (["out"] if before else [])
     assert not before or content(target) == {"a": "old", "b": "old"}
-    with atomic_dir(target) as work:
+    with atomic_dir(target, mark="a") as work:
         fill(work, "new")
     assert content(target) == {"a": "new", "b": "new"}
 
@@ -223,7 +253,7 @@ def test_dir_puts_the_old_folder_back(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(RuntimeError, match="stop"), atomic_dir(target) as work:
+    with pytest.raises(RuntimeError, match="stop"), atomic_dir(target, mark="a") as work:
         fill(work, "new")
     assert content(target) == {"a": "old", "b": "old"} and names(tmp_path) == ["out"]
 
@@ -243,7 +273,7 @@ def test_dir_that_is_killed_leaves_one_whole_state(tmp_path, before, step):
             files._exchanged = die
         elif step == "rmtree":
             shutil.rmtree = die
-        with atomic_dir(target) as work:
+        with atomic_dir(target, mark="a") as work:
             (work / "a").write_text("new")
             if step == "body":
                 die()
@@ -255,14 +285,14 @@ def test_dir_that_is_killed_leaves_one_whole_state(tmp_path, before, step):
     wanted = "new" if finished else before
     assert target.exists() == (wanted is not None)
     assert wanted is None or content(target) == {"a": wanted, "b": wanted}
-    with atomic_dir(target) as work:
+    with atomic_dir(target, mark="a") as work:
         fill(work, "newest")
     assert content(target) == {"a": "newest", "b": "newest"}
 
 
 def test_dir_is_never_missing_while_it_is_replaced(tmp_path):
     target = tmp_path / "out"
-    with atomic_dir(target) as work:
+    with atomic_dir(target, mark="a") as work:
         fill(work, "0")
     missing, stop = [], threading.Event()
 
@@ -274,7 +304,7 @@ def test_dir_is_never_missing_while_it_is_replaced(tmp_path):
     watcher = threading.Thread(target=look)
     watcher.start()
     for i in range(100):
-        with atomic_dir(target) as work:
+        with atomic_dir(target, mark="a") as work:
             fill(work, str(i))
     stop.set()
     watcher.join()
@@ -289,6 +319,19 @@ def test_dir_on_a_full_disk(tmp_path, error):
         (work / "a").write_text("half")
         raise error
     assert names(tmp_path) == []
+
+
+def test_dir_never_takes_the_current_folders_place(tmp_path, monkeypatch):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "mine").write_text("kept")
+    monkeypatch.chdir(tmp_path / "deep" / "er")
+    for path in (".", "..", tmp_path, tmp_path / "deep" / "er"):
+        with pytest.raises(BadInput, match="holds the current folder; choose"), atomic_dir(path) as work:
+            fill(work, "new")
+    assert names(tmp_path) == ["deep", "mine"] and Path.cwd() == tmp_path / "deep" / "er"
+    with atomic_dir("out") as work:
+        fill(work, "new")
+    assert names(Path.cwd()) == ["out"]
 
 
 # --- disk_guard, check_writable ----------------------------------------------------------------------------
@@ -332,6 +375,17 @@ def test_disk_guard_lets_other_errors_through(error):
     assert caught.value is error
 
 
+def test_disk_guard_does_not_blame_its_path_for_other_files(tmp_path):
+    for name in ("there", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for guard in (disk_guard, atomic_dir, locked):
+        for attempt in (lambda: os.mkdir(tmp_path / "elsewhere"), lambda: open(__file__ + "/below")):  # noqa: SIM115
+            with pytest.raises((FileExistsError, NotADirectoryError)), guard(tmp_path / "there" / "out"):
+                attempt()
+        with pytest.raises(BadInput, match="out' cannot be written"), guard(tmp_path / "there" / "out"):
+            os.mkdir(tmp_path / "there")
+
+
 def test_check_writable(tmp_path, monkeypatch):
     assert check_writable(tmp_path) == tmp_path
     assert check_writable(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
@@ -342,6 +396,7 @@ def test_check_writable(tmp_path, monkeypatch):
             check_writable(path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert check_writable("~/out") == tmp_path / "out"
+    assert check_writable("~nobody-at-all/out") == Path("~nobody-at-all/out")
     monkeypatch.chdir(tmp_path)
     assert check_writable("out") == Path("out")
 
@@ -485,6 +540,14 @@ def test_metadata_of_others_stays_text(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata={"format": "pt", "broken": '{"a'})
     assert read_tensors(str(path))[1] == {"format": "pt", "broken": '{"a'}
+
+
+def test_tensors_that_share_memory_are_written_in_full(tmp_path):
+    base = torch.arange(12.0)
+    given = {"tied": base, "again": base, "start": base[:8], "end": base[4:], "turned": base.view(3, 4).T}
+    write_tensors(tmp_path / "t.safetensors", given)
+    found, _ = read_tensors(tmp_path / "t.safetensors")
+    assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
 
 
 def test_truncated_tensors_are_named(tmp_path, tensors):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from transfuse.core import lineage
 from transfuse.core.errors import BadInput, CorruptFile
-from transfuse.core.lineage import input_hash, jsonable, read_lineage, write_lineage
+from transfuse.core.lineage import amend_lineage, input_hash, jsonable, read_lineage, write_lineage
 
 
 @dataclass
@@ -117,6 +117,45 @@ def test_scalars_of_numpy():
     assert jsonable(Path("a/b")) == "a/b"
 
 
+def test_scalars_of_torch():
+    import torch
+
+    assert jsonable({"loss": torch.tensor(0.5), "n": torch.tensor(3)}) == {"loss": 0.5, "n": 3}
+
+
+def test_hashes_see_every_value_of_arrays_and_data_sets():
+    import datasets
+    import numpy as np
+    import torch
+
+    for make in (
+        np.asarray,
+        torch.tensor,
+        lambda values: datasets.Dataset.from_dict({"x": values}),
+    ):
+        values = list(range(5000))
+        first = input_hash(make(values))
+        assert first == input_hash(make(values))
+        values[2500] = -1  # their text shows the two ends only, or the number of rows
+        assert input_hash(make(values)) != first
+
+
+@pytest.mark.parametrize("wrap", [lambda p: (p,), lambda p: {"a": p}, lambda p: [{"a": ("x", p)}]])
+def test_hashes_follow_files_inside_of_values(facts, wrap):
+    first = input_hash(wrap(facts))
+    facts.write_bytes(b"other")
+    assert input_hash(wrap(facts)) != first
+
+
+def test_names_that_are_no_text_do_not_spoil_the_record(tmp_path):
+    bad = "name-\udcff"  # how Python shows a byte that is not UTF-8
+    write_lineage(
+        tmp_path, method="x", arguments={"path": Path(bad), bad: [bad]}, base_model=bad, summary=bad
+    )
+    assert read_lineage(tmp_path)["arguments"] == {"path": "name-?", "name-?": ["name-?"]}
+    assert "name-?" in (tmp_path / "README.md").read_text()
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(BadInput, match="is not a folder"):
         write_lineage(tmp_path / "missing", method="x")
@@ -126,6 +165,9 @@ def test_bad_folders(tmp_path):
         (tmp_path / "transfuse.json").write_text(content)
         with pytest.raises(CorruptFile):
             read_lineage(tmp_path)
+    (tmp_path / "transfuse.json").write_text('{"method": "x"}')
+    with pytest.raises(CorruptFile, match="lacks 'base_model'; make the folder again"):
+        amend_lineage(tmp_path, seed=1)
 
 
 def test_git_state(tmp_path, monkeypatch):

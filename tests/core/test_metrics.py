@@ -57,6 +57,7 @@ class TestBootstrap:
 
     @pytest.mark.parametrize(
         "arguments", [{"values": []}, {"values": [1.0, math.nan]}, {"values": [math.inf]},
+                      {"values": ["a"]},
                       {"values": [1.0], "confidence": 1.0}, {"values": [1.0], "resamples": 0}],
     )  # fmt: skip
     def test_bad_input(self, arguments):
@@ -112,6 +113,13 @@ class TestAnswers:
         assert not contains_answer("He flew to Russia", "US")
         assert contains_answer("答案是北京市", "北京")
         assert not contains_answer("", "x")
+
+    def test_marks_belong_to_their_letters(self):
+        assert contains_answer("\u0930\u093e\u092e \u0917\u092f\u093e", "\u0930\u093e\u092e")  # Ram went
+        assert not contains_answer("\u0930\u093e\u092e\u093e\u092f\u0923", "\u0930\u093e\u092e")  # Ramayana
+        composed, apart = "caf\u00e9 noir", "cafe\u0301 noir"
+        assert exact_match(composed, apart) == token_f1(apart, composed) == 1.0
+        assert contains_answer(apart, "caf\u00e9") and not contains_answer(apart, "cafe")
 
     @given(st.lists(st.sampled_from(["ines", "varro", "1687", "quenby"]), min_size=1, max_size=5))
     def test_scores_agree(self, words):
@@ -232,6 +240,18 @@ class TestPerplexity:
         capped = perplexity(model, tiny_tokenizer, TEXT)
         assert capped == pytest.approx(slow_perplexity(model, ids, 512, None), rel=1e-4)
         assert abs(capped - plain) > 1
+
+    def test_every_module_keeps_its_mode(self, tiny_lm, tiny_tokenizer):
+        model = tiny_lm("llama", layers=2).train()
+        model.model.layers[1].eval()
+        before = [module.training for module in model.modules()]
+        perplexity(model, tiny_tokenizer, TEXT)
+        assert before == [module.training for module in model.modules()]
+
+    def test_a_broken_model_scores_nan_not_infinity(self, tiny_lm, tiny_tokenizer):
+        model = tiny_lm("llama", layers=1)
+        model.model.norm.weight.data.fill_(math.nan)
+        assert math.isnan(perplexity(model, tiny_tokenizer, TEXT))
 
     def test_adapter_counts_and_mode_is_restored(self, tiny_lm, tiny_tokenizer):
         import torch

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -159,10 +160,22 @@ def test_folder_in_shards_loads(folder, tiny_lm):
     found = load(folder).model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
     shards[0].unlink()
-    with pytest.raises(
-        BadInput, match=rf"model' cannot be loaded \(.*{shards[0].name}.*; check the folder's"
-    ):
-        load(folder)
+    for function in (load, check_spec):
+        with pytest.raises(CorruptFile, match=rf"model' lacks {shards[0].name}; copy or download it again"):
+            function(folder)
+
+
+def test_an_index_cannot_reach_out_of_the_folder(folder, tiny_lm, tmp_path):
+    (folder / "model.safetensors").unlink()
+    tiny_lm("llama", layers=2).save_pretrained(folder, max_shard_size="50KB")
+    index, (first, *_) = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    settings = json.loads(index.read_text())
+    first.rename(tmp_path / first.name)
+    for other in (f"../{first.name}", str(tmp_path / first.name)):
+        names = {k: other if v == first.name else v for k, v in settings["weight_map"].items()}
+        index.write_text(json.dumps({**settings, "weight_map": names}))
+        with pytest.raises(CorruptFile, match=f"lacks {re.escape(other)}"):
+            load(folder)
 
 
 def test_task_and_config_overrides(folder):
@@ -222,11 +235,13 @@ def test_half_precision_is_a_question_with_an_answer():
         ({"device": "cuda:x"}, "device = 'cuda:x' is unknown"),
         ({"device": "cuda"}, "device = 'cuda' is not available; use device=\"cpu\""),
         ({"device": torch.device("cuda", 3)}, "device = 'cuda:3' is not available"),
+        ({"device": "mps"}, "device = 'mps' is not available"),
     ],
 )
 def test_options_are_checked_before_anything_is_fetched(monkeypatch, tmp_path, options, says):
     monkeypatch.setenv("TRANSFUSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for function in (load, check_spec):
         if function is check_spec and "task" in options:
             continue
@@ -235,7 +250,45 @@ def test_options_are_checked_before_anything_is_fetched(monkeypatch, tmp_path, o
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("spec", ["smollm3", "a/b/c", "nobody/", "/no/such/folder", "./nothing", "gpt 2"])
+def test_a_gpu_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check_spec(folder, device="cuda:1") == check_spec(folder, device="cuda") == folder
+    with pytest.raises(BadInput, match="device = 'cuda:2' is not available"):
+        check_spec(folder, device="cuda:2")
+
+
+@pytest.mark.parametrize("name", ["revision", "subfolder", "cache_dir", "token"])
+def test_options_that_choose_other_files_are_refused(folder, name):
+    with pytest.raises(BadInput, match=f"^{name} = 'x' chooses files elsewhere; fetch it .* give the folder"):
+        load(folder, **{name: "x"})
+
+
+@pytest.mark.parametrize("spec", [None, 3, "", torch.nn.Linear(1, 1)])
+def test_what_names_no_model(spec):
+    for function in (load, resolve):
+        with pytest.raises(BadInput, match=r"^model = .* names no model; give a folder, a hub id or"):
+            function(spec)
+
+
+@pytest.mark.parametrize("answer", ["y\n", ""])
+def test_code_in_a_folder_is_neither_run_nor_asked_about(folder, tmp_path, monkeypatch, answer, capfd):
+    mark = tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'w')\nclass C: pass\nclass M: pass\n"
+    (folder / "code.py").write_text(code)
+    changed(
+        folder, model_type="unheard-of", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    )
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or answer.strip())
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        load(folder)
+    assert not asked and not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "spec", ["~nobody-at-all/m", "smollm3", "a/b/c", "nobody/", "/no/such/folder", "./nothing", "gpt 2"]
+)
 def test_unknown_names_list_the_reference_models(spec):
     says = (
         "is neither a folder, a hub id nor a reference model; reference models are smollm2-135m, gemma3-270m"
@@ -353,7 +406,51 @@ def test_missing_weights_are_never_made_up(folder):
     save_file({n: t for n, t in tensors.items() if n != gone}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptFile, match=f"lacks 1 weights \\({re.escape(gone)}\\)"):
         load(folder)
-    load(folder, task="sequence-classification")  # where new weights are to be expected
+    for task in ("sequence-classification", "encoder"):
+        with pytest.raises(CorruptFile, match=r"lacks 1 weights \(.*mlp\.down_proj\.weight\)"):
+            load(folder, task=task)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    load(folder, task="sequence-classification")  # but a head may be new
+
+
+def test_weights_that_are_left_out_are_told(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load(folder)
+        load(folder, task="encoder")  # has no place for the head, as one expects
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(
+        UserWarning, match=r"holds 1 weights \(model\.layers\.0\.self_attn\.q_proj\.bias\) that Llama"
+    ):
+        load(folder)
+
+
+def test_adapters_are_told_from_models(folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(load(folder).model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    with pytest.raises(
+        BadInput, match=r"is an adapter, not a whole model; load its base model, then peft\.Peft"
+    ):
+        load(tmp_path / "a")
+
+
+def test_pickles_in_the_parts_of_an_encoder_are_not_opened(tmp_path, monkeypatch):
+    sentence = pytest.importorskip("sentence_transformers")
+    folder = tmp_path / "encoder"
+    shutil.copytree(resolve("minilm"), folder)
+    modules = sentence.SentenceTransformer(str(folder))
+    modules.append(sentence.models.Dense(384, 8))
+    modules.save(str(folder))
+    (part,) = folder.glob("*_Dense")
+    assert models.load_encoder(folder).encode(["a"]).shape == (1, 8)
+    torch.save(load_file(part / "model.safetensors"), part / "pytorch_model.bin")
+    (part / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened a pickle file"))
+    with pytest.raises(CorruptFile, match="_Dense' has only pickle weights"):
+        models.load_encoder(folder)
 
 
 def test_running_out_of_memory_is_not_blamed_on_the_folder(folder, monkeypatch):

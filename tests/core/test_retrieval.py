@@ -171,8 +171,37 @@ def test_refusals(kind):
             index.search(["lamp"], k)
     with pytest.raises(BadInput, match=r"queries\[1\]"):
         index.search(["lamp", "  "], 1)
+    with pytest.raises(BadInput, match=r"queries\[0\] = 3 is int, not text"):
+        index.search([3], 1)
+    with pytest.raises(BadInput, match="k = True"):
+        index.search(["lamp"], True)
     with pytest.raises(BadInput, match=r"write \[query\]"):
         index.search("lamp", 1)
+    assert len(index.search(["lamp"], np.int64(2))[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"k1": -1.0}, {"k1": math.nan}, {"b": 3.0}, {"b": -0.1}, {"stopwords": "xx"}]
+)
+def test_bm25_refuses_what_has_no_meaning(arguments):
+    with pytest.raises(BadInput, match=next(iter(arguments))):
+        BM25(DOCUMENTS, **arguments)
+
+
+def test_bm25_finds_a_word_however_its_accents_are_written():
+    index = BM25([Document("a the"), Document("un caf\u00e9 noir"), Document("cafe\u0301 au lait")])
+    for query in ("caf\u00e9", "cafe\u0301"):
+        first, second, third = index.search([query], 3)[0]
+        assert first.score > 0 and second.score > 0 and third.score == 0
+
+
+def test_a_table_of_the_users_own_is_left_alone(tmp_path):
+    import lancedb
+
+    lancedb.connect(str(tmp_path)).create_table("documents", data=[{"mine": 1}])
+    with pytest.raises(BadInput, match="holds a table 'documents' that is no index; choose another folder"):
+        VectorIndex(DOCUMENTS, encoder=WordEncoder(), folder=tmp_path)
+    assert lancedb.connect(str(tmp_path)).open_table("documents").to_arrow().column("mine").to_pylist() == [1]
 
 
 def test_only_stop_words():

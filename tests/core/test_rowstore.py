@@ -77,3 +77,32 @@ def test_what_is_refused(tmp_path):
     for attempt in (opened, lambda folder: RowStore.fill(folder, FACTS, shard, stem="part")):
         with pytest.raises(CorruptFile, match=r"unreadable index\.json; remove the folder and capture again"):
             attempt(tmp_path / "s")
+    (tmp_path / "s" / "index.json").write_text("[]")
+    for attempt in (opened, lambda folder: RowStore.fill(folder, FACTS, shard, stem="part")):
+        with pytest.raises(CorruptFile, match=r"unreadable index\.json"):
+            attempt(tmp_path / "s")
+    (tmp_path / "s" / "index.json").write_text('{"documents": "of another kind of store"}')
+    with pytest.raises(BadInput, match="holds no number store; capture one elsewhere"):
+        opened(tmp_path / "s")
+
+
+def test_a_damaged_shard_is_named_and_made_again(tmp_path):
+    RowStore.fill(tmp_path, FACTS, shard, stem="part")
+    path = tmp_path / "part-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(
+        CorruptFile, match=r"not readable .*; remove part-00001.safetensors and run the capture"
+    ):
+        opened(tmp_path)
+    path.unlink()
+    RowStore.fill(tmp_path, FACTS, shard, stem="part")
+    assert opened(tmp_path).entries == sum(COUNTS)
+
+
+def test_facts_are_compared_as_json_and_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = []
+    for _ in range(2):
+        facts = {**FACTS, "layers": (1, 2)}
+        RowStore.fill("~/s", facts, lambda a, b: made.append(a) or shard(a, b), stem="part")
+    assert made == [0, 3, 6] and opened("~/s").facts["layers"] == [1, 2]

@@ -168,6 +168,9 @@ def test_damaged_checkpoints_are_named(tensors, tmp_path):
     save_file(tensors, file)
     save_file({"half": tensors["half"]}, tmp_path / "other.safetensors")
     assert Checkpoint(tmp_path).infos.keys() == tensors.keys()  # a whole model, whatever lies beside it
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"half": "other.safetensors"}}))
+    assert Checkpoint(tmp_path).infos.keys() == tensors.keys()  # as `from_pretrained` would
+    (tmp_path / INDEX).unlink()
     file.rename(tmp_path / "model-1.safetensors")
     with pytest.raises(BadInput, match="holds half"):
         Checkpoint(tmp_path)
@@ -177,6 +180,11 @@ def test_damaged_checkpoints_are_named(tensors, tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"half": "../model.safetensors"}}))
     with pytest.raises(CorruptFile, match="lacks"):
         Checkpoint(tmp_path)
+    (tmp_path / "part.bin").write_bytes(b"")
+    for name in ("part.bin", None):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"half": name}}))
+        with pytest.raises(CorruptFile, match=f"lacks {name}"):
+            Checkpoint(tmp_path)
     (tmp_path / INDEX).write_text("{")
     with pytest.raises(CorruptFile, match="index"):
         Checkpoint(tmp_path)

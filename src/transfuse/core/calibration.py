@@ -122,7 +122,9 @@ def brier(probs: Any, labels: Any) -> float:
     Arguments and errors as in `ece`.
     """
     p, y = _checked(probs, labels, None)
-    return float(((p - np.eye(p.shape[1])[y]) ** 2).sum(1).mean())
+    gaps = p.copy()
+    gaps[np.arange(len(y)), y] -= 1.0
+    return float((gaps**2).sum(1).mean())
 
 
 class TemperatureScaler:

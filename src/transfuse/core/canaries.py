@@ -230,7 +230,7 @@ def sequence_scores(
         float64 `[len(texts)]`, in nats, on the CPU.
 
     Raises:
-        BadInput: a text of fewer than two tokens, a batch size below 1.
+        BadInput: a text of fewer than two tokens, a batch size below 1, a model whose logits are NaN.
     """
     check_positive(batch_size=batch_size)
     encode: Callable[[str], Sequence[int]] = getattr(tokenizer, "encode", tokenizer)
@@ -248,6 +248,8 @@ def sequence_scores(
         for members in lengths.values():
             found = _equal_length(model, [rows[i] for i in members], batch_size, device, options)
             scores[torch.tensor(members)] = found
+    if bool(scores.isnan().any()):  # nothing is likelier than NaN: the secret would come first
+        raise BadInput("model", type(model).__name__, "scores texts with NaN", "check its weights and dtype")
     return scores
 
 

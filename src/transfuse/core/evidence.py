@@ -223,17 +223,14 @@ def run_evidence(
         raise BadInput(
             "slug", slug, f"has a recipe but no module {method.name}", "add the method, or rename the recipe"
         )
+    # What is measured is the code as it is now: it may be edited while it runs.
+    code = {"git": git_state(), "method_sha256": sha256_file(method), "recipe_sha256": sha256_file(recipe)}
     module = _import(recipe)
     text = module.RULE.get(tier) if isinstance(module.RULE, Mapping) else module.RULE
     rules = parse_rules(text, f"{recipe.name}: RULE")
     count = seeds if seeds is not None else getattr(module, "SEEDS", {}).get(tier, SEEDS)
-    if count < 1:
+    if type(count) is not int or count < 1:
         raise BadInput("seeds", count, "is not a count", "give 1 or more")
-    try:
-        earlier = (read_record(slug, results.parent) or {"tiers": {}})["tiers"]
-    except CorruptFile as error:
-        _tell(f"{error}: its other tier is lost")
-        earlier = {}
 
     started = time.perf_counter()
     runs: list[dict[str, Any]] = []
@@ -254,9 +251,7 @@ def run_evidence(
         "seconds": round(time.perf_counter() - started, 3),
         "versions": versions(),
         "hardware": hardware(),
-        "git": git_state(),
-        "method_sha256": sha256_file(method),
-        "recipe_sha256": sha256_file(recipe),
+        **code,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     head = {
@@ -266,6 +261,11 @@ def run_evidence(
     }
     if getattr(module, "NOTES", ""):
         head["notes"] = " ".join(module.NOTES.split())
+    try:  # only now: the other tier may have been measured meanwhile
+        earlier = (read_record(slug, results.parent) or {"tiers": {}})["tiers"]
+    except CorruptFile as error:
+        _tell(f"{error}: its other tier is lost")
+        earlier = {}
     record: dict[str, Any] = jsonable({**head, **entry, "tiers": {**earlier, tier: entry}})
     path = results / f"{head['slug']}.json"
     atomic_write(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -310,8 +310,15 @@ def _import(path: Path) -> ModuleType:
 
 
 def _figures(returned: Any, name: str) -> dict[str, dict[str, float]]:
+    """What `run` returned, checked. Infinity is no figure either: a record cannot hold it."""
+
+    def figure(value: Any) -> float:
+        return found if math.isfinite(found := float(value)) else math.nan
+
     try:
-        return {str(arm): {str(k): float(v) for k, v in metrics.items()} for arm, metrics in returned.items()}
+        return {
+            str(arm): {str(k): figure(v) for k, v in metrics.items()} for arm, metrics in returned.items()
+        }
     except (AttributeError, TypeError, ValueError) as error:
         remedy = "return {arm: {metric: number}}"
         raise BadInput(f"{name}: run", returned, f"returned something else ({error})", remedy) from error
@@ -334,8 +341,9 @@ def _summary(seeds: Sequence[Arms]) -> dict[str, dict[str, float]]:
     for arm, metric in dict.fromkeys(
         (a, m) for arms in seeds for a, metrics in arms.items() for m in metrics
     ):
-        values = [arms[arm][metric] for arms in seeds if metric in arms.get(arm, {})]
-        means.setdefault(arm, {})[metric] = math.fsum(v for v in values if v is not None) / len(values)
+        found = [arms[arm][metric] for arms in seeds if metric in arms.get(arm, {})]
+        values = [v for v in found if v is not None and not math.isnan(v)]
+        means.setdefault(arm, {})[metric] = math.fsum(values) / len(values) if values else math.nan
     return means
 
 

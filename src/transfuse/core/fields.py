@@ -7,10 +7,10 @@ names the value in messages; write it as a file (`"run.yaml:"`) or a dotted path
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import types
 import typing
@@ -170,8 +170,9 @@ def _check_scalar(value: Any, hint: Any, where: str) -> Any:
         if value is None:
             return None
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
-            return float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # no NaN
+            with contextlib.suppress(OverflowError):  # a whole number that no float holds
+                return float(value)
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
@@ -180,7 +181,7 @@ def _check_scalar(value: Any, hint: Any, where: str) -> Any:
             return value
     elif hint in PATHS or get_origin(hint) is os.PathLike:
         if isinstance(value, (str, os.PathLike)) and str(value):
-            return Path(value).expanduser()
+            return Path(os.path.expanduser(value))
     elif hint is UNKNOWN:
         raise BadInput(
             where, value, "has a type that no recipe can hold", "leave it out, or call from Python"
@@ -273,9 +274,13 @@ def takes_path(hint: Any) -> bool:
 
 
 def beside(base: Path, value: Any, hint: Any) -> Any:
-    """The file or folder of that name in `base`, if the type takes paths and one is there; also in lists."""
-    if isinstance(value, list) and get_origin(hint) in SEQUENCES:
-        return [beside(base, item, get_args(hint)[0]) for item in value]
+    """The file or folder of that name in `base`, if the type takes paths and one is there; also in lists, mappings."""
+    for member in get_args(hint) if get_origin(hint) in UNIONS else (hint,):
+        kind, inner = get_origin(member), get_args(member)
+        if isinstance(value, list) and kind in SEQUENCES:
+            return [beside(base, item, inner[0]) for item in value]
+        if isinstance(value, dict) and kind in MAPPINGS:
+            return {key: beside(base, item, inner[1]) for key, item in value.items()}
     named = isinstance(value, (str, Path)) and takes_path(hint)
     return base / value if named and (base / value).exists() else value
 

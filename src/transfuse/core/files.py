@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,18 +41,30 @@ _BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, 
 
 @contextlib.contextmanager
 def disk_guard(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into an error that says what to do."""
+    """Turn a full disk or a missing permission into an error that says what to do.
+
+    Errors of files that are neither above `path` nor beside or below it pass: they say nothing about `path`.
+    """
     try:
         yield
     except Exception as error:
         number = _errno(error)
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable(f"{path}: the disk is full; free space or choose another folder") from error
-        if number in _BARRED:
+        if number in _BARRED and not _elsewhere(error, path):
             raise BadInput(
                 "path", str(path), "cannot be written", "choose a folder you can write to"
             ) from error
         raise
+
+
+def _elsewhere(error: Exception, path: Path) -> bool:
+    """Whether the error names a file that has nothing to do with `path`."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, (str, bytes, os.PathLike)):
+        return False
+    named, ours = (Path(os.path.abspath(os.fsdecode(p))) for p in (name, path))
+    return not (named.is_relative_to(ours.parent) or ours.is_relative_to(named))
 
 
 def _errno(error: Exception) -> int | None:
@@ -70,7 +82,7 @@ def check_writable(folder: str | os.PathLike[str], argument: str = "output") -> 
     Raises:
         BadInput: it exists as a file, or cannot be written.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     parent = path
     while not parent.exists():
         if parent.parent == parent:
@@ -83,18 +95,22 @@ def check_writable(folder: str | os.PathLike[str], argument: str = "output") -> 
     return path
 
 
+def _beside(target: Path, ending: str) -> Path:
+    """A hidden name in the folder of `target` that nothing has yet."""
+    return target.parent / f".{target.name}.{secrets.token_hex(6)}{ending}"
+
+
 def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Write `data` to `path` through a temporary file in the same folder, then rename."""
+    """Write `data` to `path` through a temporary file in the same folder, then rename; its mode is the umask's."""
     target = Path(path)
     with disk_guard(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        name = _beside(target, ".tmp")
         try:
-            with os.fdopen(handle, "wb") as stream:
+            with open(name, "xb") as stream:
                 stream.write(data.encode() if isinstance(data, str) else data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(name, 0o644)
             os.replace(name, target)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -103,22 +119,38 @@ def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it replaces `path`, on error it is removed."""
+def atomic_dir(path: str | os.PathLike[str], *, mark: str | None = "transfuse.json") -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it replaces `path`, on error it is removed.
+
+    Args:
+        path: The folder.
+        mark: A file by which an earlier result is known; a folder that has other files and not this one is not
+            replaced. None replaces whatever is there.
+
+    Raises:
+        BadInput: `path` holds what is no earlier result; or it is the current folder or one above it.
+    """
     target = Path(path)
+    with contextlib.suppress(FileNotFoundError):  # the current folder may be gone
+        if Path.cwd().is_relative_to(target.resolve()):
+            raise BadInput("path", str(path), "holds the current folder", "choose a folder of its own")
+    there = mark and target.is_dir() and not target.is_symlink() and any(target.iterdir())
+    if there and not (target / str(mark)).is_file():
+        raise BadInput(
+            "path", str(path), f"holds files, and no {mark}: they would be lost",
+            "choose another folder, or remove this one",
+        )  # fmt: skip
     with disk_guard(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        os.chmod(work, 0o755)
+        work = _beside(target, ".tmp")
+        work.mkdir()
         old = None
         try:
             yield work
             if target.is_dir() and not target.is_symlink() and _exchanged(work, target):
                 return
             if target.exists():
-                old = (
-                    Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / "x"
-                )
+                old = _beside(target, ".old")
                 os.replace(target, old)
             os.replace(work, target)
         except BaseException:
@@ -128,7 +160,15 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             shutil.rmtree(work, ignore_errors=True)  # after an exchange: the old content
             if old is not None and target.exists():
-                shutil.rmtree(old.parent, ignore_errors=True)
+                _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """What `path` names, be it a folder, a file or a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchanged(a: Path, b: Path) -> bool:
@@ -202,11 +242,20 @@ def hash_state(state: Mapping[str, torch.Tensor]) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `tensors` as safetensors, atomically; `metadata` values are stored as JSON strings."""
+    """Write `tensors` as safetensors, atomically; `metadata` values are stored as JSON strings.
+
+    Tensors that share memory (tied weights, views of one another) are each written in full.
+    """
     from safetensors.torch import save
 
     header = {key: json.dumps(value) for key, value in (metadata or {}).items()}
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        ready[name] = plain = tensor.detach().cpu().contiguous()
+        if (address := plain.untyped_storage().data_ptr()) in seen:
+            ready[name] = plain.clone()  # the format refuses to store shared memory twice
+        seen.add(address)
     atomic_write(path, save(ready, metadata=header or None))
 
 

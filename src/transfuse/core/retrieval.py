@@ -7,7 +7,9 @@ scores keep the documents' order, so results do not change from run to run.
 from __future__ import annotations
 
 import json
+import numbers
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ EXACT_BELOW = 50_000
 """Up to this many documents every vector is compared; above, LanceDB builds an inverted-file index."""
 
 _TABLE = "documents"
+_COLUMNS = ["row", "vector"]
 _STORE_ERRORS = (ValueError, OSError, RuntimeError)  # what LanceDB raises for missing or damaged files
 _PROBE = "The quick brown fox jumps over the lazy dog."
 
@@ -75,11 +78,13 @@ def _checked(documents: Sequence[Document]) -> list[Document]:
 def _check_query(queries: Sequence[str], k: int, available: int) -> list[str]:
     if isinstance(queries, str):
         raise BadInput("queries", queries, "is one text, not a list", "write [query]")
-    if not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
         raise BadInput("k", k, "is not a positive number", "ask for at least one document")
     if k > available:
         raise BadInput("k", k, f"exceeds the {available} documents of the index", f"use k <= {available}")
     for i, query in enumerate(queries):
+        if not isinstance(query, str):
+            raise BadInput(f"queries[{i}]", query, f"is {type(query).__name__}, not text", "give a string")
         if not query.strip():
             raise BadInput(f"queries[{i}]", query, "is empty", "give some text")
     return list(queries)
@@ -93,8 +98,8 @@ def passage_text(document: Document) -> str:
 class BM25:
     """Okapi BM25 over titles and texts, in memory (bm25s; Lucene's variant of the weights).
 
-    Words are lower-cased runs of word characters, single letters and digits included; a query whose words
-    stand in no document scores 0 everywhere.
+    Words are lower-cased runs of word characters, single letters and digits included, accents composed (NFC); a
+    query whose words stand in no document scores 0 everywhere.
 
     Args:
         documents: What to search, at least one.
@@ -103,7 +108,8 @@ class BM25:
         stopwords: Language code of the words to leave out ("en", "de", ...), or None.
 
     Raises:
-        BadInput: no documents, an empty one, or none with a word that is not a stop word.
+        BadInput: no documents, an empty one, or none with a word that is not a stop word; `k1` that is negative,
+            `b` outside 0 to 1, a language without a list of stop words.
         MissingExtra: bm25s is not installed.
     """
 
@@ -111,6 +117,10 @@ class BM25:
         self, documents: Sequence[Document], *, k1: float = 1.2, b: float = 0.75, stopwords: str | None = "en"
     ):
         self.documents = _checked(documents)
+        if not 0 <= k1 < float("inf"):
+            raise BadInput("k1", k1, "is not a number from 0", "give 1.2")
+        if not 0 <= b <= 1:
+            raise BadInput("b", b, "is not between 0 and 1", "give 0.75")
         self._library = require("bm25s", extra="retrieve")
         self._stopwords: str | list[str] = stopwords or []
         tokens = self._tokens([passage_text(document) for document in self.documents])
@@ -122,13 +132,16 @@ class BM25:
         self._index.index(tokens, show_progress=False)
 
     def _tokens(self, texts: list[str]) -> list[list[str]]:
-        return self._library.tokenize(
-            texts,
-            stopwords=self._stopwords,
-            token_pattern=r"(?u)\b\w+\b",  # the default drops words of one letter
-            return_ids=False,
-            show_progress=False,
-        )
+        try:
+            return self._library.tokenize(
+                [unicodedata.normalize("NFC", text) for text in texts],
+                stopwords=self._stopwords,
+                token_pattern=r"(?u)\b\w+\b",  # the default drops words of one letter
+                return_ids=False,
+                show_progress=False,
+            )
+        except ValueError as error:  # a language it does not know
+            raise BadInput("stopwords", self._stopwords, f"cannot be used ({error})", "pass None") from error
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The k best documents of each query, best first.
@@ -170,7 +183,7 @@ class VectorIndex:
         batch_size: Texts encoded at a time.
 
     Raises:
-        BadInput: no documents, an empty one, or a folder that holds another index.
+        BadInput: no documents, an empty one, or a folder that holds another index or a table of the user's own.
         CorruptFile: the folder's index cannot be read.
         MissingExtra: LanceDB or sentence-transformers is not installed.
     """
@@ -223,12 +236,23 @@ class VectorIndex:
                 ),
             }
         )
-        base.drop_table(_TABLE, ignore_missing=True)  # left by a process that was killed while indexing
+        self._drop(base)
         made = base.create_table(_TABLE, data=table)
         if len(vectors) >= EXACT_BELOW:
             flat = require("lancedb.index", extra="retrieve").IvfFlat(distance_type="cosine")
             made.create_index("vector", config=flat)
         return made
+
+    def _drop(self, base: Any) -> None:
+        """Drop what a process that was killed while indexing left, but no table of the user's own."""
+        try:
+            columns = base.open_table(_TABLE).schema.names
+        except _STORE_ERRORS:  # there is none, or half a one
+            columns = _COLUMNS
+        if columns != _COLUMNS:
+            problem = f"holds a table {_TABLE!r} that is no index"
+            raise BadInput("folder", str(self.folder), problem, "choose another folder")
+        base.drop_table(_TABLE, ignore_missing=True)
 
     def _open_or_create(self, folder: Path) -> Any:
         """The table in `folder`. Its card, index.json, is written last: a half-made index is made again."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import BadInput, CorruptFile
@@ -42,24 +42,33 @@ class RowStore:
 
     Raises:
         BadInput: there is no store in the folder.
-        CorruptFile: it is not complete.
+        CorruptFile: it is not complete, or a file of it cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, kind: str, stem: str):
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         if not (self.folder / _INDEX).is_file():
             raise BadInput("folder", str(folder), f"holds no {kind}", "capture one there")
         self.facts = _facts(self.folder)
-        self.rows: int = self.facts["rows"]
-        self._shard_rows: int = self.facts["shard_rows"]
+        try:
+            self.rows, self._shard_rows = int(self.facts["rows"]), int(self.facts["shard_rows"])
+        except KeyError as error:
+            raise BadInput("folder", str(folder), f"holds no {kind}", "capture one elsewhere") from error
         paths = [self.folder / _name(stem, i) for i in range(-(-self.rows // self._shard_rows))]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             remedy = "run the capture again: it goes on"
             raise CorruptFile("folder", str(folder), f"lacks {missing[0]}", remedy)
         self.nbytes = sum(path.stat().st_size for path in paths)
-        self._open = [safe_open(str(path), framework="pt") for path in paths]
-        self._starts: list[list[int]] = [stream.get_tensor("starts").tolist() for stream in self._open]
+        self._open: list[Any] = []
+        self._starts: list[list[int]] = []
+        for path in paths:
+            try:
+                self._open.append(safe_open(str(path), framework="pt"))
+                self._starts.append(self._open[-1].get_tensor("starts").tolist())
+            except (SafetensorError, OSError) as error:
+                remedy = f"remove {path.name} and run the capture again"
+                raise CorruptFile("folder", str(path), f"is not readable ({error})", remedy) from error
         self.entries = sum(starts[-1] for starts in self._starts)
 
     def row(self, index: int, *names: str) -> tuple[Tensor, ...]:
@@ -103,9 +112,11 @@ class RowStore:
         target = check_writable(folder, "folder")
         target.mkdir(parents=True, exist_ok=True)
         index = target / _INDEX
-        if index.is_file() and {**facts, **_facts(target)} != facts:  # an older index may say less
+        written = json.dumps(facts, indent=1)
+        wanted = json.loads(written)
+        if index.is_file() and {**wanted, **_facts(target)} != wanted:  # an older index may say less
             raise BadInput("folder", str(folder), "holds a store of other data or settings", "choose another")
-        atomic_write(index, json.dumps(facts, indent=1) + "\n")
+        atomic_write(index, written + "\n")
         rows, shard_rows = facts["rows"], facts["shard_rows"]
         for first in range(0, rows, shard_rows):
             path, last = target / _name(stem, first // shard_rows), min(first + shard_rows, rows)
@@ -117,7 +128,9 @@ class RowStore:
 
 def _facts(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / _INDEX).read_text())
+        found: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no mapping")
         return found
     except ValueError as error:
         problem, remedy = f"has an unreadable {_INDEX}", "remove the folder and capture again"

@@ -71,7 +71,7 @@ def _schema_of(hint: Any) -> dict[str, Any]:
         return {"type": "string"}
     if dataclasses.is_dataclass(hint):
         return json_schema(typing.cast(Any, hint))
-    if hint is UNKNOWN or (isinstance(hint, type) and hint is not object):
+    if hint is UNKNOWN or (isinstance(hint, type) and hint not in (object, Any)):
         uses = {"uses": {"type": "string"}, "with": {"type": "object"}}
         return {"type": "object", "properties": uses, "required": ["uses"], "additionalProperties": False}
     return {}

@@ -22,12 +22,24 @@ import torch
 
 from .errors import BadInput, CorruptFile, Unavailable
 
-__all__ = ["INDEX", "SHARD_BYTES", "Checkpoint", "ShardWriter", "TensorInfo", "check_space", "row_blocks"]
+__all__ = [
+    "INDEX",
+    "SHARD_BYTES",
+    "Checkpoint",
+    "ShardWriter",
+    "TensorInfo",
+    "check_folder",
+    "check_space",
+    "refuse_pickles",
+    "row_blocks",
+    "weight_files",
+]
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Bytes of tensors in a file, at most, unless one tensor is larger."""
 
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _KEPT = 32 << 20  # bytes of a map that may stay in memory after use
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -120,6 +132,65 @@ class _File:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, those that `from_pretrained` would read where it can read them.
+
+    `model.safetensors` comes before shards of another save; without either, all files count.
+
+    Raises:
+        BadInput: there are none.
+        CorruptFile: an index that cannot be read, or that names a file that is missing or lies elsewhere.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            names = sorted({str(name) for name in found})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CorruptFile("model", str(index), f"is not an index ({error})", "save it again") from error
+        for name in names:
+            inside = Path(name).name == name and name.endswith(".safetensors")
+            if not (inside and (folder / name).is_file()):
+                raise CorruptFile("model", str(folder), f"lacks {name}", "copy or download it again")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BadInput("model", str(folder), "holds no safetensors", "save the model as safetensors")
+    return files
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder without configuration or weights, or with pickle weights only.
+
+    Raises:
+        BadInput, CorruptFile: as said; also as `weight_files`.
+    """
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            remedy = "load its base model, then peft.PeftModel.from_pretrained(model, folder)"
+            raise BadInput("model", str(folder), "is an adapter, not a whole model", remedy)
+        raise BadInput("model", str(folder), "has no config.json", "give a transformers model folder")
+    if not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
+        refuse_pickles(folder)
+        problem, remedy = "has no .safetensors weights", "save the model with save_pretrained"
+        raise BadInput("model", str(folder), problem, remedy)
+    weight_files(folder)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose only weights are pickle files.
+
+    Raises:
+        CorruptFile: it is one.
+    """
+    unsafe = [path.name for pattern in _UNSAFE for path in folder.glob(pattern)]
+    if unsafe and not any(folder.glob("*.safetensors")):
+        problem = f"has only pickle weights ({unsafe[0]}), which are never opened"
+        raise CorruptFile("model", str(folder), problem, "save the model as safetensors")
+
+
 class Checkpoint:
     """The tensors of a model folder (or of one safetensors file), read when asked for.
 
@@ -141,7 +212,7 @@ class Checkpoint:
         self._touched: dict[Path, _File] = {}
         self._used = 0
         self.infos: dict[str, TensorInfo] = {}
-        for file in self._files():
+        for file in [self.path] if self.path.is_file() else weight_files(self.path):
             opened = _File(file)
             for name, info in opened.infos.items():
                 if name in self._where:
@@ -150,28 +221,6 @@ class Checkpoint:
                         "remove the files of another save",
                     )  # fmt: skip
                 self._where[name], self.infos[name] = opened, info
-
-    def _files(self) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        index = self.path / INDEX
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CorruptFile(
-                    "model", str(index), f"is not an index ({error})", "save it again"
-                ) from error
-            for name in names:
-                if Path(name).name != name or not (self.path / name).is_file():
-                    raise CorruptFile("model", str(self.path), f"lacks {name}", "copy or download it again")
-            return [self.path / name for name in names]
-        if (self.path / "model.safetensors").is_file():
-            return [self.path / "model.safetensors"]
-        found = sorted(self.path.glob("*.safetensors"))
-        if not found:
-            raise BadInput("model", str(self.path), "holds no safetensors", "save the model as safetensors")
-        return found
 
     @property
     def nbytes(self) -> int:

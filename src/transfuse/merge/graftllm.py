@@ -89,7 +89,8 @@ class GraftLLM:
         self,
         base: nn.Module,
         *,
-        experts: Sequence[str | os.PathLike[str] | nn.Module | Mapping[str, Any]] | Mapping[str, Any] = (),
+        experts: Sequence[str | os.PathLike[str] | nn.Module | Mapping[str, Any]]
+        | Mapping[str, str | os.PathLike[str] | nn.Module | Mapping[str, Any]] = (),
         tasks: Sequence[str] | None = None,
         policy: ModulePolicy | None = None,
         calibration: Any = None,
