@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-# An environment is ready when its stamp exists; the stamp's name changes with what should be installed.
-KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# An environment is ready when its stamps exist. The first one's name changes with the folder, which an environment's
+# scripts name, the others' with what should be installed as well.
+MADE := $(VENV)/.made-$(shell pwd | cksum | cut -d' ' -f1)
+KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d' ' -f1)
 USER_READY := $(VENV)/.ready-user-$(KEY)
 DEV_READY := $(VENV)/.ready-dev-$(KEY)
 
@@ -18,6 +20,8 @@ TIER ?= quick
 .PHONY: help demo test lint type pytest evidence bench docs readme new-method clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# One environment, one installer: `make -j2 demo docs` would run two.
+.NOTPARALLEL:
 
 help:
 	@echo "make demo         compare eight ways to give a small model new facts; report in $(OUTPUT)"
@@ -30,12 +34,13 @@ help:
 	@echo "make new-method   FAMILY=<family> NAME=<name>: module, test and evidence recipe to fill in"
 	@echo "make clean        remove what the targets made, the environment included"
 
-$(BIN)/python:
+$(MADE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $(PYTHON) is missing or older than 3.10; install one, or name another: make PYTHON=python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: $(PYTHON) cannot make environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(wildcard $(VENV)/.made-*),--clear) $(VENV)
+	@touch $@
 
 # torch first and by its exact version, so that one build of it is chosen before anything else asks for it.
 define install
@@ -46,11 +51,11 @@ define install
 @touch $@
 endef
 
-$(DEV_READY): | $(BIN)/python
+$(DEV_READY): | $(MADE)
 	$(call install,dev)
 	@touch $(USER_READY)
 
-$(USER_READY): | $(BIN)/python
+$(USER_READY): | $(MADE)
 	$(call install,all)
 
 demo: $(USER_READY)

@@ -12,11 +12,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import transfuse
-from transfuse import catalogue, explain
-from transfuse.core.errors import BadInput, CorruptFile
+from transfuse import catalogue, explain, recipe
+from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
 from transfuse.core.files import sha256_file
+from transfuse.schema import recipe_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "transfuse"
@@ -195,6 +197,12 @@ def test_typos_are_answered_with_names():
         catalogue.find("zzzzzzzzzz")
 
 
+@pytest.mark.parametrize("slug", [None, 3, Path])
+def test_what_is_no_name(slug):
+    with pytest.raises(BadInput, match="is not a name"):
+        transfuse.get(slug)
+
+
 def test_get_imports_the_main_object():
     assert transfuse.get("ck_plug").__name__ == "CKPlug"
     assert transfuse.get("ck-plug") is transfuse.get("ck_plug")
@@ -254,6 +262,60 @@ def test_an_entry_point_to_nowhere(install, entry):
     install(GOOD, entry)
     with pytest.warns(UserWarning, match="no module named"):
         catalogue.methods()
+
+
+def test_a_malformed_entry_point(install):
+    install(GOOD, "echo = (no module)")
+    with pytest.warns(UserWarning, match="other-pkg: method 'echo' left out"):
+        assert {m.package for m in catalogue.methods()} == {"transfuse"}
+
+
+@pytest.fixture
+def install_module(install, tmp_path):
+    """The same as one module that lies in no package, imported anew."""
+
+    def _install(text: str) -> Path:
+        install(text, "echo = echo_module")
+        sys.modules.pop("echo_module", None)
+        module = tmp_path / "site" / "other_pkg" / "deep" / "echo_module.py"
+        return module.rename(tmp_path / "site" / "echo_module.py")
+
+    return _install
+
+
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [
+        ('import no_such_library\n__all__ = ["Echo"]', "of other-pkg cannot be imported .*no_such_library"),
+        ("", "__all__ = .* names nothing that is defined there"),
+        ('__all__ = ["Eco"]', "names nothing that is defined there"),
+    ],
+)
+def test_another_packages_broken_module(install_module, new, says):
+    """One line that says whose fault it is; the schema of all recipes does without it."""
+    text = GOOD.replace(":context: no", ":context: no\n:family: steer")
+    install_module(text.replace('__all__ = ["Echo", "echo_step"]', new))
+    with pytest.raises(BadInput, match=says):
+        catalogue.get("echo")
+    with pytest.warns(UserWarning, match="other-pkg: method 'echo' left out"):
+        assert "ck-plug" in json.dumps(recipe_schema())
+
+
+def test_another_packages_method_has_the_recipes_of_its_family(install_module, tmp_path):
+    """A family that is not here has none."""
+    text = GOOD.replace(", model: object", "").replace(", model\n", ", None\n")
+    text = text.replace(":context: no", ":context: no\n:extra: fast\n:family: steer")
+    module = install_module(text)
+    assert 'pip install "other-pkg[fast]"' in explain.page("echo")
+    shown = yaml.safe_load(explain.recipe("echo"))
+    assert shown["method"] == {"uses": "echo", "with": {"times": 2, "mark": None}} and "questions" in shown
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"question": "Who?", "answers": ["x"]}\n')
+    assert recipe.check({**shown, "questions": str(asked)}).family == "steer"
+    module.write_text(text.replace(":family: steer", ":family: mumble"))
+    assert "no single run" in explain.recipe("echo")
+    with pytest.raises(NotApplicable, match="has no single run"):
+        recipe.check({"model": "m", "method": "echo"})
 
 
 def test_a_slug_cannot_be_taken_over(install):

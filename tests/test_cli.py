@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from transfuse import catalogue, cli, compare, recipe
+from transfuse import catalogue, cli, compare, recipe, schema
 from transfuse.core.errors import BadInput, TrainingDiverged, Unavailable
 from transfuse.core.references import REFERENCES
 
@@ -112,7 +112,7 @@ def test_datasets(call):
 def test_schema_is_a_json_schema(call):
     code, out, _ = call("schema")
     assert code == 0
-    assert json.loads(out) == json.loads(json.dumps(recipe.schema()))
+    assert json.loads(out) == json.loads(json.dumps(schema.recipe_schema()))
 
 
 def test_version_and_help(call):
@@ -190,7 +190,9 @@ def test_warnings_are_one_line(call, monkeypatch):
     monkeypatch.setattr(compare, "compare", lambda *_, **__: warnings.warn("old\nfile", stacklevel=1))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        before = warnings.showwarning
         assert call("compare", "x.yaml") == (0, "", "warning: old file\n")
+        assert warnings.showwarning is before  # lent for a command
 
 
 def test_compare_and_run_pass_their_arguments_on(call, monkeypatch, tmp_path):
@@ -268,12 +270,18 @@ def test_sigterm_is_whose_it_was(call):
     assert seen == [0]
 
 
-def test_a_closed_pipe_is_quiet():
-    command = (
-        f"{sys.executable} -c 'from transfuse.cli import main; raise SystemExit(main([\"methods\"]))' | true"
-    )
+@pytest.mark.parametrize("words", ["methods", "methods --json"])  # less than a buffer, and more
+def test_a_closed_pipe_is_quiet(words):
+    code = "import sys, transfuse.cli as cli; sys.exit(cli.main())"
+    command = f"{sys.executable} -c '{code}' {words} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ})
-    assert done.stderr == ""
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
+def test_as_a_module():
+    words = [sys.executable, "-m", "transfuse", "show", "ck-plgu"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stdout == ""
 
 
 def test_lines_are_cut_on_a_narrow_terminal(call, monkeypatch):

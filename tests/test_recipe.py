@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -14,11 +15,13 @@ import types
 from pathlib import Path
 from typing import Literal
 
+import jsonschema
 import pytest
 
 from transfuse import catalogue, recipe
 from transfuse.core.errors import BadInput, CorruptFile, NotApplicable
 from transfuse.core.lineage import read_lineage, write_lineage
+from transfuse.schema import recipe_schema
 
 
 def write(path, text):
@@ -209,6 +212,33 @@ class TestCheck:
         (house.parent / "some-model").mkdir()
         assert recipe.check(house).model == str(house.parent / "some-model")
 
+    @pytest.mark.parametrize("given", [["tuned", "other"], {"a": "tuned", "b": "other"}])
+    def test_folders_that_a_method_reads_beside_the_recipe(self, tmp_path, given):
+        (tmp_path / "tuned").mkdir()
+        path = tmp_path / "graft.yaml"
+        path.write_text(
+            json.dumps({"model": "m", "method": {"uses": "graftllm", "with": {"experts": given}}})
+        )
+        found = recipe.check(path).method.arguments["experts"]
+        values = found if isinstance(found, list) else list(found.values())
+        assert values == [tmp_path / "tuned", "other"]
+
+    def test_a_model_folder_counts_by_its_weights(self, house):
+        """Trained further in its place it is another model; from another working folder it is the same one."""
+        folder = house.parent / "some-model"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"before")
+        before = recipe.check(house).identity
+        os.chdir(house.parent)
+        assert recipe.check(house.name).identity == before
+        pruned = [{"prune": "some-model", "layers": layers} for layers in (1, 2)]
+        base = {"method": "toy", "facts": "facts.jsonl"}
+        first, second = (recipe.check({**base, "model": model}).identity for model in pruned)
+        (folder / "model.safetensors").write_bytes(b"after")
+        assert recipe.check(house.name).identity != before
+        assert len({first, second, recipe.check({**base, "model": pruned[0]}).identity}) == 3
+
     @pytest.mark.parametrize(
         ("change", "where", "says"),
         [
@@ -244,6 +274,8 @@ class TestCheck:
             ),
             (("rate: 1", "inner: {uses: core.data.Fact}"), "toy.yaml: method.with.inner.uses", "is a Fact"),
             (("output: out/toy", "seed: 1.5"), "toy.yaml: seed", "not a whole number"),
+            (("output: out/toy", "seed: -1"), "toy.yaml: seed", "from 0 to"),
+            (("output: out/toy", "seed: 4294967296"), "toy.yaml: seed", "from 0 to"),
             (("output: out/toy", "tokenizer: t"), "toy.yaml: tokenizer", "not a known field"),
             (("output: out/toy", "rounds: [1]"), "toy.yaml: rounds", "is a list, not a whole number"),
             (("output: out/toy", "carriers: [none]"), "toy.yaml:", "transfuse compare"),
@@ -344,12 +376,11 @@ class TestRun:
 
 class TestSchema:
     def test_run_recipes(self, house):
-        schema = recipe.schema()
+        schema = recipe_schema()
         json.dumps(schema)
         branches = schema["else"]["allOf"]
         assert len(branches) == 2  # the family without runs is not offered
         toy = branches[0]
-        assert toy["if"]["properties"]["method"]["properties"]["uses"]["enum"] == ["toy", "toys.toy"]
         arguments = toy["then"]["properties"]["method"]["properties"]["with"]
         assert arguments["properties"]["rate"] == {
             "type": "number",
@@ -357,12 +388,44 @@ class TestSchema:
             "description": "Step size.",
         }
         assert arguments["properties"]["mode"]["enum"] == ["fast", "slow"]
-        assert toy["then"]["required"] == ["facts"] and "output" not in toy["then"]["properties"]
+        assert toy["then"]["required"] == ["facts", "model"] and "output" not in toy["then"]["properties"]
         assert schema["else"]["properties"]["seed"]["default"] == 0
         assert "carriers" in schema["then"]["properties"]
 
+    @pytest.mark.parametrize(
+        "method",
+        ["toy", "toys.toy", "toys/toy", "transfuse.toys.toy", "bound_toy", "bound-toy", "toys.bound_toy",
+         {"uses": "toy", "with": None}, {"uses": "bound_toy", "with": {"layers": [1]}}],
+    )  # fmt: skip
+    def test_it_takes_what_the_check_takes(self, house, method):
+        given = {"model": "m", "facts": str(house.parent / "facts.jsonl"), "method": method}
+        recipe.check(given)
+        jsonschema.Draft202012Validator(recipe_schema()).validate(given)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"method": {"uses": "bound_toy", "with": {"rate": 1.0}}},
+            {"method": {"uses": "toy", "with": {"rat": 1.0}}},
+            {"method": {"uses": "toy", "wiht": {}}},
+            {"method": "mute"},
+            {"student": "m"},
+            {"fact": "facts.jsonl"},
+        ],
+    )
+    def test_it_refuses_what_the_check_refuses(self, house, change):
+        given = {"model": "m", "facts": str(house.parent / "facts.jsonl"), "method": "toy", **change}
+        with pytest.raises(BadInput):
+            recipe.check(given)
+        assert not jsonschema.Draft202012Validator(recipe_schema()).is_valid(given)
+
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "run"
+
+
+@pytest.fixture(scope="module")
+def validator():
+    return jsonschema.Draft202012Validator(recipe_schema())
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -371,11 +434,26 @@ def test_examples_check(path):
     assert job.slug == path.stem and job.output == Path("runs") / path.stem
 
 
+@pytest.mark.parametrize(
+    "path",
+    [*sorted(EXAMPLES.glob("*.yaml")), EXAMPLES.parent / "demo" / "recipe.yaml"],
+    ids=lambda path: path.stem,
+)
+def test_examples_fit_the_schema(path, validator):
+    validator.validate(recipe.load(path))
+
+
+def test_a_student_is_named_once(validator):
+    given = {"teacher": "smollm2-135m", "method": "taid", "dataset": "wikitext-2/valid.txt"}
+    for names, fits in ((["student"], True), (["model"], True), ([], False), (["model", "student"], False)):
+        assert validator.is_valid({**given, **dict.fromkeys(names, "smollm2-135m")}) is fits
+
+
 def test_every_family_that_runs_has_an_example():
     shown = {recipe.check(path).family for path in EXAMPLES.glob("*.yaml")}
     for method in catalogue.methods():
         try:
-            recipe._transfer(method)
+            recipe.transfer_of(method)
         except NotApplicable:
             continue
         assert method.family in shown
@@ -462,6 +540,20 @@ class TestFamilies:
         found = read_lineage(out)["measurements"]
         assert found["updates"] == 12 and 1 < found["perplexity_after"] != found["perplexity_before"]
         assert len(json.loads((out / "training.json").read_text())["losses"]) == 12
+
+    def test_a_teacher_beside_the_recipe(self, tmp_path, tiny_folder):
+        """It is found there, and counts by its weights like the student, which is named once."""
+        shutil.copytree(tiny_folder, tmp_path / "in" / "teacher")
+        text = f"student: {tiny_folder}\nteacher: teacher\nmethod: taid\ndataset: wikitext-2/valid.txt\n"
+        path = write(tmp_path / "in" / "taid.yaml", text)
+        job = recipe.check(path)
+        assert job.inputs["teacher"] == str(tmp_path / "in" / "teacher")
+        before = job.identity
+        (tmp_path / "in" / "teacher" / "model.safetensors").write_bytes(b"trained further")
+        assert recipe.check(path).identity != before
+        path.write_text(text + "model: smollm2-135m\n")
+        with pytest.raises(BadInput, match="model = 'smollm2-135m' is named by `student` too"):
+            recipe.check(path)
 
     def test_distill_from_the_store(self, tmp_path, tiny_folder):
         texts = tmp_path / "rows.jsonl"

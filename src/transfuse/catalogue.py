@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .core.errors import BadInput
-from .core.records import evidence_root, read_record, slug_of
+from .core.errors import BadInput, TransfuseError
+from .core.records import PACKAGE, evidence_root, read_record, slug_of
 
 __all__ = [
     "ACCESS",
@@ -48,7 +48,6 @@ TIERS = ("quick", "full")
 ENTRY_POINTS = "transfuse.methods"
 NOT_FAMILIES = ("core", "compare", "report")  # packages that hold no methods
 
-_PACKAGE = Path(__file__).resolve().parent
 _DOCSTRING = re.compile(r'(?:\s|#[^\n]*\n)*(r?"""(?:[^"\\]|\\.|"(?!""))*""")', re.DOTALL | re.IGNORECASE)
 _FIELD = re.compile(r":(\w+):[ \t]*(.*)")
 _ARXIV = re.compile(r"\d{4}\.\d{4,5}")
@@ -117,7 +116,7 @@ def families() -> list[str]:
     """Names of the method families, sorted: the sub-packages but those in `NOT_FAMILIES`."""
     return sorted(
         entry.name
-        for entry in _PACKAGE.iterdir()
+        for entry in PACKAGE.iterdir()
         if entry.name not in NOT_FAMILIES and entry.name[0] not in "_." and (entry / "__init__.py").is_file()
     )
 
@@ -154,6 +153,8 @@ def find(slug: str) -> Method:
     Raises:
         BadInput: there is none; the message names the nearest ones.
     """
+    if not isinstance(slug, str):
+        raise BadInput("method", slug, "is not a name", "give a slug, such as 'ck-plug'")
     wanted = slug_of(slug)
     own = [path for path in _files() if slug_of(path.stem) == wanted]
     if own:
@@ -172,14 +173,24 @@ def get(slug: str) -> Any:
     `ck-plug`; case and punctuation do not count), or else the first one there that the module itself defines.
 
     Raises:
-        BadInput: there is no such method.
+        BadInput: there is no such method, or it is another package's and cannot be imported.
     """
     method = find(slug)
-    module = importlib.import_module(method.module)
+    try:
+        module = importlib.import_module(method.module)
+    except Exception as error:
+        if method.package == "transfuse" or isinstance(error, TransfuseError):
+            raise
+        problem = f"of {method.package} cannot be imported ({type(error).__name__}: {error})"
+        raise BadInput("method", slug, problem, "repair that package") from error
+    names = getattr(module, "__all__", ())
     own = [
-        name for name in module.__all__ if getattr(vars(module)[name], "__module__", None) == module.__name__
+        name for name in names if getattr(getattr(module, name, None), "__module__", None) == module.__name__
     ]
-    return vars(module)[main_name(method.slug, own)]
+    if not own:
+        remedy = "list the method's class or function there"
+        raise BadInput(f"{method.module}: __all__", names, "names nothing that is defined there", remedy)
+    return getattr(module, main_name(method.slug, own))
 
 
 def main_name(slug: str, names: list[str]) -> str:
@@ -307,7 +318,7 @@ def _yes(fields: dict[str, str], name: str, place: str) -> bool:
 def _files() -> Iterator[Path]:
     """Files of this package's methods."""
     for family in families():
-        for path in sorted((_PACKAGE / family).glob("*.py")):
+        for path in sorted((PACKAGE / family).glob("*.py")):
             if not path.name.startswith("_"):
                 yield path
 
@@ -324,7 +335,7 @@ def _third_party() -> Iterator[Method]:
         package = entry.dist.name if entry.dist else "another package"
         try:
             yield read(_locate(entry.module), slug=entry.name, module=entry.module, package=package)
-        except (BadInput, ImportError) as error:
+        except Exception as error:  # whatever is wrong over there
             warnings.warn(f"{package}: method {entry.name!r} left out: {error}", stacklevel=2)
 
 

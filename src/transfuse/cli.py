@@ -138,7 +138,7 @@ def datasets(as_json: AsJson = False) -> None:
 @app.command()
 def evidence(
     slug: Slug,
-    full: Annotated[bool, typer.Option("--full", help="The full tier (up to 10 minutes).")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The full tier: up to an hour on a CPU.")] = False,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds.", min=1)] = None,
 ) -> None:
     """Measure a paper's claim again and write the record."""
@@ -191,7 +191,7 @@ def compare(recipe: Recipe, output: Output = None) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
-    from .recipe import schema as recipe_schema
+    from .schema import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
@@ -204,9 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 after an error, told in one line (raised if TRANSFUSE_DEBUG=1); 130 after an interruption, 143 after
-        SIGTERM, which is taken as one.
+        SIGTERM, which is taken as one; 141 where nobody read the output to its end, as the shell has it.
     """
-    with _terminable() as terminated:
+    with _terminable() as terminated, warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         code = _called(arguments)
     return 143 if terminated and code == 130 else code
 
@@ -240,7 +241,6 @@ def _terminable() -> Iterator[list[int]]:
 
 def _called(arguments: Sequence[str] | None) -> int:
     debug = os.environ.get("TRANSFUSE_DEBUG") == "1"
-    warnings.showwarning = _show_warning
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = app(args=words, standalone_mode=False)
@@ -250,9 +250,11 @@ def _called(arguments: Sequence[str] | None) -> int:
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _interrupted(words)
-    except BrokenPipeError:  # `transfuse methods | head`
+    except (BrokenPipeError, SystemExit) as error:  # `transfuse methods | head`; typer makes an exit of it
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141
     except TransfuseError as error:
         if debug:
             raise

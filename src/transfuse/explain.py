@@ -13,11 +13,14 @@ from typing import Any
 from . import catalogue
 from .catalogue import Method
 from .core.errors import BadInput
+from .core.records import PACKAGE
 
 __all__ = ["Parameter", "Signature", "page", "recipe", "signature"]
 
 _NOT_LITERAL = object()
-SUPPLIED = ("model", "tokenizer", "method", "output", "scratch", "seed")  # as in transfuse.recipe
+
+# Arguments of a family's `transfer` that are not keys of the recipe: `transfuse run` supplies them.
+SUPPLIED = ("model", "tokenizer", "method", "output", "scratch", "seed")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def page(slug: str) -> str:
         ("access", ", ".join(method.access)),
         ("reversible", "yes" if method.reversible else "no"),
         ("context", "reads extra tokens when answering" if method.context else "reads no extra tokens"),
-        ("needs", f'pip install "transfuse[{method.extra}]"' if method.extra else "nothing more"),
+        ("needs", f'pip install "{method.package}[{method.extra}]"' if method.extra else "nothing more"),
         ("import", f"from {method.module} import {found.name}"),
     ]
     lines = [method.title, "", *(f"{name + ':':<12}{value}" for name, value in facts)]
@@ -140,15 +143,22 @@ def _runs(method: Method, found: Signature, own: list[Parameter]) -> bool:
     A family that runs some only either names what those return (`RUNS`), or has a function `suits`; then it does not
     run those that are given models of their own.
     """
-    text = method.path.with_name("__init__.py").read_text(encoding="utf-8")
+    text = _family_file(method).read_text(encoding="utf-8")
     if wanted := re.search(r'^RUNS = "(\w+)"', text, re.MULTILINE):
         return found.returns is not None and wanted[1] in found.returns
     return "\ndef suits(" not in text or len(own) == len(found.parameters)
 
 
+def _family_file(method: Method) -> Path:
+    """The family's module here, also of a method that another package brings."""
+    return PACKAGE / method.family / "__init__.py"
+
+
 def _transfer(method: Method) -> list[Parameter] | None:
     """What the family's `transfer` asks for besides what `transfuse run` supplies; None if it has none."""
-    path = method.path.with_name("__init__.py")
+    path = _family_file(method)
+    if not path.is_file():  # a family of another package's own
+        return None
     tree = ast.parse(path.read_text(encoding="utf-8"))
     node = _definition(tree, "transfer")
     if not isinstance(node, ast.FunctionDef):

@@ -39,16 +39,13 @@ from .core.fields import (
     takes_text,
     uses_and_with,
 )
-from .core.files import check_writable, sha256_json
+from .core.files import check_writable, hash_weights, sha256_json
 from .core.lineage import amend_lineage, input_hash, read_lineage, write_lineage
-from .core.schema import json_schema
 from .core.strict_yaml import load
 from .core.workshop import finished, tell, workshop
+from .explain import SUPPLIED
 
-__all__ = ["Run", "build", "check", "from_mapping", "load", "run", "schema"]
-
-# Arguments of a family's `transfer` that are not keys of the recipe: `run` supplies them.
-SUPPLIED = ("model", "tokenizer", "method", "output", "scratch", "seed")
+__all__ = ["Common", "Run", "build", "check", "from_mapping", "load", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +98,18 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over all that decides the result: names, arguments, and the contents of the files named."""
+        """SHA-256 over all that decides the result: names, arguments, the contents of files and model folders."""
+        spec: Any = self.spec
+        models = {**spec, "prune": _weights(spec["prune"])} if isinstance(spec, dict) else _weights(spec)
         inputs = {name: input_hash(value) for name, value in self.inputs.items()}
+        if self.inputs.get("teacher") is not None:
+            inputs["teacher"] = _weights(self.inputs["teacher"])
         arguments = {name: input_hash(_described(value)) for name, value in self.method.arguments.items()}
-        return sha256_json([self.spec, self.slug, arguments, inputs, self.seed, self.dtype, self.device])
+        return sha256_json([models, self.slug, arguments, inputs, self.seed, self.dtype, self.device])
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Common:
+class Common:
     """What every run recipe may hold.
 
     Attributes:
@@ -149,13 +150,15 @@ def check(
     if "method" not in mapping:
         raise BadInput(at(where, "method"), None, "is missing", "add method: {uses: <slug>, with: {...}}")
     method, node = _method(mapping["method"], at(where, "method"), base)
-    transfer = _transfer(method)
+    transfer = transfer_of(method)
     if "student" in mapping and "teacher" in parameters_of(transfer):
+        if "model" in mapping:
+            raise BadInput(at(where, "model"), mapping["model"], "is named by `student` too", "give only one")
         mapping = {"model" if key == "student" else key: value for key, value in mapping.items()}
-    common = {f.name: mapping[f.name] for f in fields(_Common) if f.name in mapping}
+    common = {f.name: mapping[f.name] for f in fields(Common) if f.name in mapping}
     rest = {key: value for key, value in mapping.items() if key not in common and key != "method"}
     needed = [name for name in parameters_of(transfer) if name not in SUPPLIED]
-    known = [*needed, *(f.name for f in fields(_Common)), "method"]
+    known = [*needed, *(f.name for f in fields(Common)), "method"]
     for key in rest:
         if key not in needed:
             remedy = suggest(key, known, f"known here: {', '.join(known)}")
@@ -164,10 +167,14 @@ def check(
     for name, hint in hints_of(transfer).items():
         if name in inputs and inputs[name] is not None and takes_path(hint):
             inputs[name] = _existing(base, inputs[name], at(where, name))
-    for name in _required(method):
+    for name in required_inputs(method):
         if inputs.get(name) is None:
             raise BadInput(at(where, name), None, "is missing", f"{method.slug} reads them: add {name}")
-    checked = from_mapping(_Common, common, where)
+    checked = from_mapping(Common, common, where)
+    if not 0 <= checked.seed < 2**32:
+        raise BadInput(at(where, "seed"), checked.seed, "is no seed", "give a number from 0 to 2**32 - 1")
+    if isinstance(inputs.get("teacher"), str):
+        inputs["teacher"] = _local(base, inputs["teacher"])
     model: Any = checked.model
     if isinstance(model, Pruned):
         model = replace(model, prune=_local(base, model.prune))
@@ -182,7 +189,13 @@ def check(
 
 
 def _local(base: Path, model: str) -> str:
-    return str(base / model) if (base / model).is_dir() else model
+    return str(base / model) if model and (base / model).is_dir() else model
+
+
+def _weights(model: str) -> str:
+    """What a model is known by: a folder's weights, which may change; any other model's name."""
+    folder = Path(model).expanduser()
+    return hash_weights(folder) if folder.is_dir() else model
 
 
 def _method(value: Any, where: str, base: Path) -> tuple[catalogue.Method, Node]:
@@ -197,16 +210,16 @@ def _method(value: Any, where: str, base: Path) -> tuple[catalogue.Method, Node]
     if family not in ("", method.family):
         raise BadInput(place, name, f"is in {method.family}", f"write {method.family}.{slug}")
     target = catalogue.get(method.slug)
-    arguments = check_arguments(target, given, at(where, "with"), given=_supplied(target), resolve=find)
+    arguments = check_arguments(target, given, at(where, "with"), given=supplied(target), resolve=find)
     hints = hints_of(target)
     arguments = {key: beside(base, value, hints.get(key)) for key, value in arguments.items()}
-    vet = getattr(importlib.import_module(f"transfuse.{method.family}"), "vet", None)
+    vet = getattr(_family(method), "vet", None)
     if vet is not None:  # what signatures do not tell
         vet(target, arguments, at(where, "with"))
     return method, Node(target, arguments, where)
 
 
-def _supplied(target: Callable[..., Any]) -> list[str]:
+def supplied(target: Callable[..., Any]) -> list[str]:
     """Parameters that `transfer` fills in: positional, without default, of a type that no name can be given for."""
     hints, kind = hints_of(target), inspect.Parameter.POSITIONAL_OR_KEYWORD
     found = [n for n, p in parameters_of(target).items() if p.kind is kind and p.default is p.empty]
@@ -241,12 +254,17 @@ def find(name: Any, where: str = "uses") -> Any:
     return getattr(public, member)
 
 
-def _transfer(method: catalogue.Method) -> Callable[..., Any]:
-    """What the method's family does with a recipe."""
+def _family(method: catalogue.Method) -> Any:
+    """The family's module, or None where another package has a family of its own."""
     try:
-        home = importlib.import_module(f"transfuse.{method.family}")
+        return importlib.import_module(f"transfuse.{method.family}")
     except ModuleNotFoundError:
-        home = None
+        return None
+
+
+def transfer_of(method: catalogue.Method) -> Callable[..., Any]:
+    """What the method's family does with a recipe."""
+    home = _family(method)
     found = getattr(home, "transfer", None)
     suits = getattr(home, "suits", None)  # a family whose methods do not all run alike
     if found is None or (suits is not None and not suits(catalogue.get(method.slug))):
@@ -256,9 +274,9 @@ def _transfer(method: catalogue.Method) -> Callable[..., Any]:
     return found
 
 
-def _required(method: catalogue.Method) -> list[str]:
+def required_inputs(method: catalogue.Method) -> list[str]:
     """Which optional arguments of the family's `transfer` this method cannot do without."""
-    needs = getattr(importlib.import_module(f"transfuse.{method.family}"), "needs", None)
+    needs = getattr(_family(method), "needs", None)
     return [] if needs is None else needs(catalogue.get(method.slug))
 
 
@@ -282,7 +300,7 @@ def build(node: Node) -> Any:
     A method with positional parameters (the model, ...) is returned as a function that still takes them; any
     other is called.
     """
-    if _supplied(node.target):
+    if supplied(node.target):
         return functools.partial(node.target, **node.values())
     return node.build()
 
@@ -323,10 +341,10 @@ def run(
         if rank == 0 and finished(target, identity):  # another process made it while this one waited
             return target
         result = work / ("result" if rank == 0 else f"rank-{rank}")
-        transfer = _transfer(catalogue.find(job.slug))
-        supplied = {"output": result, "scratch": work / "scratch", "seed": job.seed}
+        transfer = transfer_of(catalogue.find(job.slug))
+        offered = {"output": result, "scratch": work / "scratch", "seed": job.seed}
         extra = {
-            name: value for name, value in supplied.items() if name in inspect.signature(transfer).parameters
+            name: value for name, value in offered.items() if name in inspect.signature(transfer).parameters
         }
         tell(f"{job.slug}: working")
         with seeded(job.seed):
@@ -347,52 +365,3 @@ def run(
         os.replace(result, target)
     tell(f"{job.slug}: done in {time.perf_counter() - started:.1f} s, see {target}")
     return target
-
-
-def schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of recipes, for editors: run recipes, and comparisons where `carriers` stands.
-
-    Imports every method.
-    """
-    common = json_schema(_Common)
-    properties: dict[str, Any] = dict(common["properties"])
-    slugs, branches = [], []
-    for method in catalogue.methods():
-        try:
-            transfer = _transfer(method)
-        except NotApplicable:
-            continue
-        slugs.append(method.slug)
-        target = catalogue.get(method.slug)
-        inputs = json_schema(transfer, given=SUPPLIED)
-        arguments = json_schema(target, given=_supplied(target))
-        uses = {
-            "properties": {"uses": {"enum": [method.slug, f"{method.family}.{method.slug}"]}},
-            "required": ["uses"],
-        }
-        branches.append(
-            {
-                "if": {"properties": {"method": uses}, "required": ["method"]},
-                "then": {
-                    "properties": {**inputs["properties"], "method": {"properties": {"with": arguments}}},
-                    "required": [*inputs.get("required", []), *_required(method)],
-                },
-            }
-        )
-    with_name = {"uses": {"type": "string", "examples": slugs}, "with": {"type": "object"}}
-    properties["method"] = {"type": "object", "properties": with_name, "required": ["uses"]}
-    run_recipe = {
-        "properties": properties,
-        "required": ["model", "method"],
-        "allOf": branches,
-        "unevaluatedProperties": False,
-    }
-    comparison = json_schema(importlib.import_module("transfuse.compare.job").Recipe)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "transfuse recipe",
-        "type": "object",
-        "if": {"required": ["carriers"]},
-        "then": comparison,
-        "else": run_recipe,
-    }

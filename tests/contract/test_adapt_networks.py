@@ -55,7 +55,7 @@ def own(described):
 def test_it_has_no_run_of_its_own(described):
     """`transfuse run` trains PEFT tuners on facts; these say so instead of failing in the middle."""
     with pytest.raises(NotApplicable, match=described.slug):
-        recipe._transfer(described)
+        recipe.transfer_of(described)
 
 
 def state(model):

@@ -1,0 +1,8 @@
+"""`python -m transfuse`: the same as the command `transfuse`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
