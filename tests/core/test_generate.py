@@ -225,6 +225,30 @@ def test_the_models_own_sampling_is_off(tiny_lm, tiny_tokenizer, capfd, recwarn)
     assert "temperature" not in "".join(capfd.readouterr()) + "".join(str(w.message) for w in recwarn)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": [5, 6, 7]}, {"min_new_tokens": 6},
+     {"stop_strings": ["a"]}, {"forced_eos_token_id": 5}, {"return_dict_in_generate": True}],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+def test_the_models_own_settings_do_not_count(tiny_lm, tiny_tokenizer, settings):
+    """Only its end tokens do; a penalty would keep a model from saying what its prompt says."""
+    model = leaning(tiny_lm("llama"), [END, 5], 2.7)
+    wanted = generate_texts(model, tiny_tokenizer, PROMPTS, max_new_tokens=6)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    before = model.generation_config
+    assert generate_texts(model, tiny_tokenizer, PROMPTS, max_new_tokens=6) == wanted
+    assert model.generation_config is before and getattr(before, name) == value
+
+
+def test_too_long_a_prompt_is_refused_before_any_answer(tiny_lm, tiny_tokenizer, monkeypatch):
+    model = tiny_lm("llama")
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: pytest.fail("the model was run"))
+    with pytest.raises(BadInput, match="positions"):
+        generate_texts(model, tiny_tokenizer, ["a", "a " * 5000], max_new_tokens=3, batch_size=1)
+
+
 def test_generation_edges(tiny_lm, tiny_tokenizer):
     model = tiny_lm("llama")
     assert generate_texts(model, tiny_tokenizer, [], max_new_tokens=3) == []

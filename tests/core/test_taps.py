@@ -200,6 +200,30 @@ def test_compiled_models_meet_hooks_that_came_later(tiny_lm, in_place):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_compiled_code_runs_again_when_the_last_tap_is_gone(tiny_lm, order):
+    model, batch, name = tiny_lm("llama", layers=2), batch_of(), "model.layers.0.mlp"
+    compiled, runs = [], []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lambda *a: runs.append(1) or graph(*a)
+
+    fast = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        plain = fast(**batch).logits
+        taps = [replace(model, {name: torch.zeros_like}), capture(model, name)]
+        for tap in taps:
+            tap.__enter__()
+        for number in order:
+            del runs[:]
+            fast(**batch)
+            assert not runs
+            taps[number].__exit__(None, None, None)
+        assert torch.equal(fast(**batch).logits, plain) and runs
+    torch.compiler.reset()
+
+
 def test_blocks_of_models_with_several_stacks():
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 

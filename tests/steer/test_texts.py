@@ -59,3 +59,23 @@ def test_records_are_those_of_the_answer(tiny_lm, tiny_tokenizer, options):
         torch.testing.assert_close(total, scores.sum(-1), rtol=1e-3, atol=2e-3)
         torch.testing.assert_close(best, scores.topk(2).values, rtol=1e-3, atol=1e-3)
     assert len(lengths) > 1
+
+
+def test_the_models_own_settings_do_not_count(tiny_lm, tiny_tokenizer):
+    """Nor do its beams; what the caller asks for does."""
+    model = tiny_lm("llama")
+    rows = [
+        [tiny_tokenizer(text)["input_ids"], tiny_tokenizer("So: " + text)["input_ids"]] for text in PROMPTS
+    ]
+
+    def said(**options):
+        found = answer(
+            Summing(), model, tiny_tokenizer, rows, extra=["other"], batch_size=4, max_new_tokens=8, **options
+        )
+        return [each.tokens.tolist() for each in found]
+
+    wanted, beams = said(), said(num_beams=3)
+    model.generation_config.update(
+        num_beams=3, no_repeat_ngram_size=1, repetition_penalty=3.0, do_sample=True
+    )
+    assert said() == wanted and said(num_beams=3) == beams != wanted

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BadInput
 from .runs import evaluating
@@ -17,6 +18,7 @@ __all__ = [
     "generate_ids",
     "generate_texts",
     "pad_batch",
+    "plain_generation",
     "predicted_tokens",
     "target_matches",
     "target_nll",
@@ -98,6 +100,32 @@ def _check_context(rows: Sequence[Sequence[int]]) -> None:
             )
 
 
+@contextlib.contextmanager
+def plain_generation(model: torch.nn.Module, *, pad: int, ends: Collection[int]) -> Iterator[None]:
+    """Neutral settings in the place of the model's own, which `generate` merges into whatever it is given.
+
+    A model's penalties, beams and forbidden tokens would otherwise decide what it answers: a repetition penalty keeps
+    it from saying what its prompt says.
+
+    Args:
+        model: A model, or something around one.
+        pad: The padding token.
+        ends: Tokens that end a row.
+    """
+    holders: list[Any] = [each for each in model.modules() if "generation_config" in vars(each)]
+    kept = [each.generation_config for each in holders]
+    for each, own in zip(holders, kept, strict=True):
+        each.generation_config = GenerationConfig(
+            pad_token_id=pad, eos_token_id=sorted(ends) or None, bos_token_id=own.bos_token_id,
+            decoder_start_token_id=own.decoder_start_token_id,
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        for each, own in zip(holders, kept, strict=True):
+            each.generation_config = own
+
+
 @torch.inference_mode()
 def generate_ids(
     model: PreTrainedModel,
@@ -109,7 +137,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """Token ids of greedy continuations, in the order of `prompts`; a text's end is its last token.
 
-    Batches are left-padded and grouped by length.
+    Greedy whatever the model's `generation_config` says; only its end-of-text tokens count. Batches are left-padded
+    and grouped by length.
 
     Args:
         model: A causal language model.
@@ -123,18 +152,15 @@ def generate_ids(
     """
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     _check_context(rows)
+    check_length(model, max(map(len, rows), default=0) + max_new_tokens)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: list[list[int]] = [[] for _ in rows]
     pad, ends = pad_id_of(tokenizer), _end_ids(model)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids, mask = pad_batch([rows[i] for i in chosen], pad, side="left", device=model.device)
-        check_length(model, ids.shape[1] + max_new_tokens)
-        with evaluating(model), contiguous_head(model):
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                temperature=None, top_p=None, top_k=None, pad_token_id=pad,
-            )  # fmt: skip
+        with evaluating(model), contiguous_head(model), plain_generation(model, pad=pad, ends=ends):
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
         for i, new in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
             length = next((n + 1 for n, token in enumerate(new) if token in ends), len(new))
             found[i] = new[:length]

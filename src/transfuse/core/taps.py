@@ -103,14 +103,31 @@ def _with_first(value: Any, new: torch.Tensor) -> Any:
     return (new, *value[1:])
 
 
+_EAGER: list[contextlib.ExitStack] = []  # one for each tap in place; torch's stance is put back with the last
+
+
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
     """Compiled graphs are not asked again whether there are hooks: with none seen, later ones would be passed by."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes a second
+    compiler = sys.modules.get(
+        "torch._dynamo.eval_frame"
+    )  # without it nothing was compiled; its import takes a second
+    if not getattr(compiler, "cached_backends", compiler):
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    here = contextlib.ExitStack()
+    if not _EAGER:
+        here.enter_context(torch.compiler.set_stance("force_eager"))
+    _EAGER.append(here)
+    try:
         yield
+    finally:
+        _EAGER.remove(here)
+        left = here.pop_all()
+        if _EAGER:  # taps end in any order
+            _EAGER[-1].push(left)
+        elif not sys.is_finalizing():
+            left.close()
 
 
 @contextlib.contextmanager

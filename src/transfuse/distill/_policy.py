@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..core.batches import IGNORED
 from ..core.errors import BadInput
-from ..core.generate import pad_batch
+from ..core.generate import pad_batch, plain_generation
 from ..core.runs import check_positive, evaluating
-from ._base import is_causal, unwrapped
+from ._base import is_causal
 
 __all__ = ["AdaptivePolicy", "Policy", "continuations", "continued", "ends_of", "pad_of", "prompts_of"]
 
@@ -223,7 +222,7 @@ def continuations(
     pad, stops = pad_of(model), ends_of(model)
     ids, mask = pad_batch(prompts, pad, side="left")
     processors = LogitsProcessorList([] if vocabulary is None else [_Below(vocabulary)])
-    with torch.no_grad(), evaluating(model), _plain_generation(model, pad, stops):
+    with torch.no_grad(), evaluating(model), plain_generation(model, pad=pad, ends=stops):
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, top_k=0, top_p=1.0,
             temperature=temperature, max_new_tokens=max_new_tokens, use_cache=True, logits_processor=processors,
@@ -241,25 +240,6 @@ class _Below(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.vocabulary :] = -math.inf
         return scores
-
-
-@contextlib.contextmanager
-def _plain_generation(model: Any, pad: int, stops: set[int]) -> Iterator[None]:
-    """Neutral settings in the place of the model's own, which `generate` merges into whatever it is given."""
-    config = GenerationConfig(
-        pad_token_id=pad,
-        eos_token_id=sorted(stops) or None,
-        bos_token_id=model.generation_config.bos_token_id,
-    )
-    holders = [each for each in (model, unwrapped(model)) if "generation_config" in vars(each)]
-    kept = [each.generation_config for each in holders]
-    for each in holders:
-        each.generation_config = config
-    try:
-        yield
-    finally:
-        for each, own in zip(holders, kept, strict=True):
-            each.generation_config = own
 
 
 def continued(

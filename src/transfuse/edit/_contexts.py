@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.data import Fact
 from ..core.errors import BadInput
-from ..core.generate import check_length, encode_pair, pad_batch, pad_id_of
+from ..core.generate import check_length, encode_pair, pad_batch, pad_id_of, plain_generation
 from ..core.training import seeded
 
 __all__ = [
@@ -57,12 +57,10 @@ def sample_ids(
     pad = pad_id_of(tokenizer)
     ids, mask = pad_batch(starts, pad, side="left", device=model.device)
     end = tokenizer.eos_token_id
-    how = GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=top_k, num_beams=1, repetition_penalty=1.0,
-        max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=end,
-    )  # fmt: skip
-    with seeded(seed):
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+    with seeded(seed), plain_generation(model, pad=pad, ends=[] if end is None else [end]):
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, top_k=top_k, max_new_tokens=new_tokens
+        )
     rows = []
     for start, new in zip(starts, out[:, ids.shape[1] :].tolist(), strict=True):
         rows.append([*start, *(new[: new.index(end)] if end in new else new)])

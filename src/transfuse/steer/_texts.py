@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transfuse.core import lockstep
 from transfuse.core.errors import BadInput, NotApplicable
-from transfuse.core.generate import encode_pair, pad_batch, pad_id_of
+from transfuse.core.generate import encode_pair, pad_batch, pad_id_of, plain_generation
 from transfuse.core.streams import Stream
 
 __all__ = ["Prompts", "Steered", "answer", "batches", "paired", "predict"]
@@ -147,7 +147,8 @@ def answer(
         prompts: Per query the token ids `model` reads, then those of each further rendering.
         extra: Names of the further renderings.
         batch_size: Prompts decoded together.
-        **generation: For `generate`. By default greedy, with repetition penalty, temperature and top-p at 1.
+        **generation: For `generate`. Without any, decoding is greedy: of the model's `generation_config` only the
+            end-of-text tokens count.
 
     Raises:
         NotApplicable: an option that does not give one text per prompt.
@@ -160,10 +161,8 @@ def answer(
             "does not give one text per query",
             "use model.generate(custom_generate=...)",
         )
-    options = {"do_sample": False, "repetition_penalty": 1.0, "pad_token_id": pad_id_of(tokenizer)}
-    if generation.get("do_sample"):
-        options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    options |= generation
+    options = {"top_k": 0, **generation} if generation.get("do_sample") else generation
+    pad = options.get("pad_token_id", pad_id_of(tokenizer))
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     end_ids = torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
     answers: dict[int, Steered] = {}
@@ -173,10 +172,11 @@ def answer(
         further: dict[str, Tensor] = {}
         for name, (other_ids, other_mask) in zip(extra, others, strict=True):
             further |= {f"{name}_input_ids": other_ids, f"{name}_attention_mask": other_mask}
-        made = model.generate(
-            input_ids=ids, attention_mask=mask, custom_generate=method, trace=trace,
-            return_dict_in_generate=True, **further, **options,
-        )  # fmt: skip
+        with plain_generation(model, pad=pad, ends=end_ids.tolist()):
+            made = model.generate(
+                input_ids=ids, attention_mask=mask, custom_generate=method, trace=trace,
+                return_dict_in_generate=True, **further, **options,
+            )  # fmt: skip
         output = getattr(made, "sequences", made)
         recorded = [torch.stack(steps, dim=1).cpu() for steps in zip(*trace)]
         if (origin := getattr(made, "beam_indices", None)) is not None:
