@@ -364,6 +364,7 @@ def test_bad_input_is_refused_before_decoding(tiny_lm, tiny_tokenizer, monkeypat
         ({"relative_top": 0.0}, "relative_top = 0.0"),
         ({"relative_top": 1.1}, "relative_top = 1.1"),
         ({"prompt": "{query}"}, "prompt = '{query}' lacks {context}"),
+        ({"prompt": "{context} {query} {x}"}, "prompt = '{context} {query} {x}' has further fields"),
         ({"chat": True}, "chat = True needs a chat template"),
         ({"system": "Be brief."}, "system = 'Be brief.'"),
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.generate import generate_texts, predicted_tokens
+from ..core.generate import chat_text, generate_texts, predicted_tokens
 from ..core.metrics import perplexity
 
 __all__ = ["Answerer", "Plain", "Prompts"]
@@ -41,14 +41,7 @@ class Prompts:
         text = self.query(prompt)
         if context:
             text = self.template.format(context=context, query=text)
-        if not self.chat:
-            return text
-        message = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        begin = self.tokenizer.bos_token
-        if begin and self.tokenizer("a")["input_ids"][0] == self.tokenizer.bos_token_id:
-            return str(rendered).removeprefix(begin)  # the tokenizer adds it again
-        return str(rendered)
+        return chat_text(self.tokenizer, text) if self.chat else text
 
 
 class Answerer(ABC):

@@ -14,6 +14,7 @@ from .runs import evaluating
 from .taps import contiguous_head
 
 __all__ = [
+    "chat_text",
     "encode_pair",
     "generate_ids",
     "generate_texts",
@@ -90,6 +91,18 @@ def check_length(model: PreTrainedModel, tokens: int, argument: str = "prompt") 
         raise BadInput(
             argument, f"{tokens} tokens", f"exceeds the model's {limit} positions", "shorten the text"
         )
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    """A user's message in the tokenizer's chat template, up to where the reply begins.
+
+    Without the begin-of-text token that the tokenizer puts before every text anyway.
+    """
+    message = [{"role": "user", "content": content}]
+    text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    begin = tokenizer.bos_token
+    adds = bool(begin) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(str(begin)) if adds else text
 
 
 def _check_context(rows: Sequence[Sequence[int]]) -> None:

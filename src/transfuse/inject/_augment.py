@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.data import QA, Document
 from ..core.errors import BadInput
+from ..core.generate import chat_text
 from ..core.llm import Backend
 from ..core.retrieval import passage_text
 
@@ -305,13 +306,7 @@ def chat_prompt(
         asked = f"{told}\n{_listed(passages)}\n{asked}"
     if cot:
         asked += "\nThink step by step, and end with: the answer is ..."
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True
-    )
-    assert isinstance(text, str)
-    begin = tokenizer.bos_token
-    if begin and text.startswith(begin) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        text = text[len(begin) :]  # the tokenizer adds it again
+    text = chat_text(tokenizer, asked)
     return text if cot else f"{text}The answer is"
 
 

@@ -61,6 +61,11 @@ class Prompts:
         for field in ("{context}", "{query}"):
             if field not in self.template:
                 raise BadInput("prompt", self.template, f"lacks {field}", "name both fields in it")
+        try:
+            self.template.format(context="", query="")
+        except (LookupError, ValueError):
+            remedy = "write {{ and }} for braces that are text"
+            raise BadInput("prompt", self.template, "has further fields or braces", remedy) from None
         if self.chat and not self.tokenizer.chat_template:
             raise BadInput("chat", True, "needs a chat template", "use chat=False with this tokenizer")
         if self.system is not None and not self.chat:
