@@ -27,13 +27,14 @@ RULE = {
     ),
 }
 NOTES = (
-    "SmolLM2-135M-Instruct in float32, other CounterFact records in every seed, edited one at a time and rolled "
-    "back. Locality compares the model's predictions before and after the edit where the record's answer about the "
-    "neighbour stands. CounterFact has no portability questions: that part of the study is not measured here. Text "
-    "is 20 tokens long for exact match and fluency. MEMIT's `lam` is 1500, chosen on records 100 to 107, which no seed "
-    "has. Full: ten records per seed; MEMIT takes 26 of the 30 and misses the rule by one, ROME takes 27. ROME's and "
-    "MEMIT's edits carry over to few paraphrases (0.30); LoRA's and in-context editing's do (0.90, 0.75), at the cost "
-    "of the neighbours (0.00, 0.12)."
+    "SmolLM2-135M-Instruct in float32, other CounterFact records in every seed, edited one at a time and rolled back."
+    " Locality compares the model's predictions before and after the edit where the record's answer about the "
+    "neighbour stands. CounterFact has no portability questions: that part of the study is not measured here. Text is"
+    " 20 tokens long for exact match and fluency. MEMIT's `lam` is 1500, chosen on records 100 to 107, which no seed "
+    "has. Full: ten records per seed. MEMIT takes 27 of the 30, exactly what the rule asks, ROME 28; with the drift "
+    "measured as KL(unedited || edited), the opposite of what is published, MEMIT took 26 (the rule failed by one) "
+    "and ROME 27. Their edits carry over to few paraphrases (0.32, 0.30); LoRA's and in-context editing's do (0.90, "
+    "0.75), at the cost of the neighbours (0.00, 0.12)."
 )
 
 QUICK = {
