@@ -24,7 +24,7 @@ TIER ?= quick
 .NOTPARALLEL:
 
 help:
-	@echo "make demo         compare eight ways to give a small model new facts; report in $(OUTPUT)"
+	@echo "make demo         compare a dozen ways to give a small model new facts; report in $(OUTPUT)"
 	@echo "make test         lint, types, layers and the whole test suite"
 	@echo "make lint type    the checks alone"
 	@echo "make evidence     measure claims again: M=<slug> (all methods if left out), TIER=quick|full"
