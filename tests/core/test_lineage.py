@@ -67,7 +67,10 @@ def test_card(tmp_path):
         tmp_path,
         method="memit",
         inputs={"facts": [{"subject": "s"}] * 12},
-        measurements={"recall": 1 / 3},
+        measurements={
+            "recall": 1 / 3,
+            "locality": {"all": {"mean": 0.875, "low": 0.5, "high": 1.0, "n": 24}, "neighbours": None},
+        },
         base_model="org/a: b",
         usage="x = 1",
     )
@@ -76,6 +79,7 @@ def test_card(tmp_path):
     front = yaml.safe_load(front)
     assert front["base_model"] == "org/a: b" and "memit" in front["tags"]
     assert "| recall | 0.333333 |" in body and "| facts | 12 items (SHA-256 " in body
+    assert "| locality, all | 0.875 (0.5 to 1) |" in body and "neighbours" not in body
     assert "```python\nx = 1\n```" in body and "torch" in body
 
 

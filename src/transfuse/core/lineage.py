@@ -245,6 +245,22 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _figures(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """A line for each figure there is: named by group and name, an interval behind its mean."""
+    lines: dict[str, Any] = {}
+    for name, value in measured.items():
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            lines[name] = value
+        elif {"mean", "low", "high"} <= value.keys():
+            ends = [_brief(value[end]) for end in ("mean", "low", "high")]
+            lines[name] = "{} ({} to {})".format(*ends)
+        else:
+            lines |= {f"{name}, {part}": figure for part, figure in _figures(value).items()}
+    return lines
+
+
 def _card(record: Mapping[str, Any]) -> str:
     """The model card: YAML front matter, then what was done, with what, and what was measured."""
     import yaml
@@ -262,7 +278,7 @@ def _card(record: Mapping[str, Any]) -> str:
     inputs = {name: f"{_brief(value)} (SHA-256 {hashes[name][:16]})"
               for name, value in record["inputs"].items() if name in hashes}  # fmt: skip
     for title, rows in (
-        ("Measured", record["measurements"]),
+        ("Measured", _figures(record["measurements"])),
         ("Made from", inputs),
         ("Arguments", record["arguments"]),
     ):
