@@ -85,7 +85,7 @@ class EasyEdit:
         layers = editor._layers(model)
         folder = model.config._name_or_path.replace("/", "_")
         self.main.COV_CACHE.update(
-            {(folder, module.format(i)): known.factors[i].matrix.float() for i in layers}
+            {(folder, module.format(i)): f.matrix.float() for i, f in known.factors.items() if f}
         )
         self.options = self.main.MEMITHyperParams(
             layers=layers, layer_selection="all", fact_token="subject_last", v_num_grad_steps=editor.steps + 1,
@@ -150,12 +150,21 @@ def main() -> None:
     if apart:
         print(f"edits apart by {max(apart):.1e} of their norm")
     if options.json:
+        whole = medians.pop("all")
+        results = {"transfuse": {**medians, "seconds per fact": whole}}
+        if peer:
+            results["EasyEdit"] = {"seconds per fact": medians.pop("easyedit")}
+            results["transfuse"].pop("easyedit")
         record = {
-            "model": options.model, "dtype": str(model.dtype), "facts": len(facts), "prefixes": options.prefixes,
-            "threads": torch.get_num_threads(), "versions": versions(), "hardware": hardware(),
-            "seconds_per_fact": medians, "apart": apart, "rounds": rounds,
+            "what": f"MEMIT on {options.model} in {options.dtype}: {len(facts)} CounterFact facts at once, "
+            f"{options.prefixes} prefixes, at most {editor.steps} updates, statistics cached, "
+            f"{torch.get_num_threads()} threads; median seconds per fact of {len(rounds)} runs in turns."
+            + (f" The two edits are {max(apart):.0e} of their norm apart." if apart else ""),
+            "methods": ["memit"],
+            "command": f"python benchmarks/memit.py{' --easyedit EasyEdit' if peer else ''}",
+            "results": results, "rounds": rounds, "versions": versions(), "hardware": hardware(),
         }  # fmt: skip
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
