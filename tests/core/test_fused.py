@@ -121,6 +121,29 @@ def test_bfloat16_is_rounded_in_the_products_only():
         assert float((slope.double() - right).norm() / right.norm()) < 1e-2
 
 
+def test_float16_gradients_do_not_overflow_before_they_are_scaled():
+    """A mean over many tokens of large states, as under loss scaling: their sum is beyond float16."""
+    p = problem(n=4000, d=4, v=8, dtype=torch.float16)
+    p["hidden"] = (p["hidden"].detach() + 60).requires_grad_()
+    exact = {
+        n: t.detach().double().requires_grad_() for n, t in p.items() if n in ("hidden", "weight", "bias")
+    }
+
+    def cross_entropy(logits, reference, labels):
+        return {"loss": torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")}
+
+    head, labels = Head(p["weight"], p["bias"]), {"labels": p["labels"]}
+    ours = fused_sums(cross_entropy, p["hidden"], head, columns=labels, chunk_bytes=1)["loss"] / 4000
+    logits = exact["hidden"] @ exact["weight"].T + exact["bias"]
+    theirs = torch.nn.functional.cross_entropy(logits, p["labels"])
+    rights = torch.autograd.grad(theirs, [exact["weight"], exact["bias"]])
+    assert (4000 * rights[0]).abs().max() > torch.finfo(torch.float16).max
+    slopes = torch.autograd.grad(ours, [p["weight"], p["bias"]])
+    for slope, right in zip(slopes, rights, strict=True):
+        assert slope.dtype == torch.float16
+        assert float((slope.double() - right).norm() / right.norm()) < 2e-2
+
+
 def test_no_tokens_and_whole_teacher_logits():
     p = problem()
     logits = p["states"] @ p["their"].T

@@ -274,10 +274,11 @@ class _Fused(torch.autograd.Function):
                 else:
                     d_weight += part
         if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype)
+            if weight.dtype != torch.float16:  # whose range is too small for a sum over tokens
+                d_weight = d_weight.to(weight.dtype)
             if len(kept) < len(weight):
                 d_weight = nn.functional.pad(d_weight, (0, 0, 0, len(weight) - len(kept)))
-        ctx.gradients = [d_hidden, d_weight, None if d_bias is None else d_bias.to(weight.dtype)]
+        ctx.gradients, ctx.dtype = [d_hidden, d_weight, d_bias], weight.dtype
         values = sums.unbind()
         ctx.mark_non_differentiable(*values[1:])
         return values
@@ -288,4 +289,5 @@ class _Fused(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are as large as the head
         if gradients is None:
             raise RuntimeError("fused_sums can be differentiated once only")
-        return (None, None, *(None if g is None else g.mul_(slopes[0].to(g.dtype)) for g in gradients))
+        on_hidden, *on_head = (None if g is None else g.mul_(slopes[0].to(g.dtype)) for g in gradients)
+        return (None, None, on_hidden, *(None if g is None else g.to(ctx.dtype) for g in on_head))
