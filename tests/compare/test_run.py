@@ -118,6 +118,7 @@ def test_interrupt_keeps_what_is_done(recipe, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert [r["carrier"] for r in lines(tmp_path / "out")][:2] == ["none", "gold-context"]
+    assert not list((tmp_path / "out" / "carriers").glob(".*"))  # nothing half-written
 
 
 def test_what_is_measured_stays_while_the_base_answers_are_there(recipe, tmp_path):

@@ -162,9 +162,17 @@ def _only_one(folder: Path) -> Iterator[None]:
             raise BadInput(
                 "output", str(folder), "is in use by another comparison", "wait, or use another folder"
             ) from None
-        for left in [*(folder / "carriers").glob(".*.tmp"), *(folder / "carriers").glob(".*.old")]:
-            shutil.rmtree(left, ignore_errors=True)  # of a carrier that was killed
-        yield
+        _sweep(folder)
+        try:
+            yield
+        finally:
+            _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what carriers that were killed had begun to write."""
+    for left in [*(folder / "carriers").glob(".*.tmp"), *(folder / "carriers").glob(".*.old")]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _run(

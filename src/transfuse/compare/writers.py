@@ -102,9 +102,8 @@ class _Merged(Plain):
 
     def __init__(self, bench: Bench, rag: Any, folder: Path):
         def store(target: Path) -> None:
-            shutil.copytree(
-                folder, target / "adapters", ignore=shutil.ignore_patterns(".*")
-            )  # locks, leavings
+            leavings = shutil.ignore_patterns(".*")  # and locks
+            shutil.copytree(folder, target / "adapters", ignore=leavings)
             write_documents(target, bench.knowledge.documents)
 
         def render(prompt: str) -> str:

@@ -125,9 +125,8 @@ class SafeTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        read_json(
-            Path(resume_from_checkpoint), TRAINER_STATE_NAME
-        )  # Trainer reads it next, and would not say what to do
+        # Trainer reads it next, and would not say what to do.
+        read_json(Path(resume_from_checkpoint), TRAINER_STATE_NAME)
         load_weights(Path(resume_from_checkpoint), self.model if model is None else model)
 
     def resume_weights(self, folder: Path) -> None:

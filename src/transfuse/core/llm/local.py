@@ -13,11 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Local"]
 
-_ELSEWHERE = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-)  # of a configuration: says nothing of the model
+# Entries of a configuration that say nothing of the model.
+_ELSEWHERE = ("_name_or_path", "transformers_version", "dtype")
 
 
 class Local(Backend):
@@ -61,9 +58,7 @@ class Local(Backend):
                 name,
                 module.disable_adapters,
                 list(module.active_adapters),
-                getattr(
-                    module, "scaling", None
-                ),  # of LoRA: neither a weight nor in the model's configuration
+                getattr(module, "scaling", None),  # of LoRA: no weight, and not in the configuration
             )
             for name, module in self.model.named_modules()
             if isinstance(module, BaseTunerLayer)
